@@ -1,0 +1,1 @@
+"""Entry points: absl mains driven by flagfiles, and what they share."""

@@ -1,0 +1,257 @@
+"""Quantizes a language model block by block, measures it and saves it.
+
+  python -m experiments.calibrate \
+      --flagfile=experiments/flags/smollm2_w4a16_gptq.flags
+
+The source is a packaged name (smollm2-135m), a .gguf file, or a Hugging Face
+directory. The output is a directory that `experiments.evaluate`,
+`experiments.generate` and `models.load` read. A run that was killed goes on
+with the same command; OUTPUT.run/ keeps its log, its resolved flags and its
+results.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+import pathlib
+import resource
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+import tqdm
+from absl import flags
+from jax.sharding import Mesh
+
+import models
+from experiments import cli, evaluation, recipe, results
+from jaxq.calibrate import driver
+from jaxq.data import pipeline
+from jaxq.io import checkpoint
+from jaxq.parallel import mesh as mesh_lib
+from jaxq.quant import schemes
+
+FLAGS = flags.FLAGS
+
+flags.DEFINE_string(
+  'model', None, 'Packaged name, .gguf file or Hugging Face directory.'
+)
+flags.DEFINE_string(
+  'output', None, 'Directory to write; must be new or hold this same run.'
+)
+flags.DEFINE_string(
+  'scheme',
+  'W4A16',
+  'How weights and inputs are stored: W<bits>A<bits> (16: float), '
+  'FP8_DYNAMIC, MXFP4A16, NVFP4A16 or NF4A16.',
+)
+flags.DEFINE_list(
+  'method', [], f'Methods, in order, of {", ".join(sorted(recipe.METHODS))}.'
+)
+flags.DEFINE_multi_string(
+  'set', [], 'A field of a method: method.field=value, as in gptq.damping=0.1.'
+)
+flags.DEFINE_integer(
+  'group_size',
+  None,
+  'Weights along K that share a scale; -1 is one scale per channel. Default: '
+  "the scheme's own.",
+)
+flags.DEFINE_bool('symmetric', True, 'Symmetric integer weights.')
+flags.DEFINE_multi_string(
+  'ignore', [], 'Linears kept float: a name (down_proj) or re:PATTERN.'
+)
+flags.DEFINE_string(
+  'data',
+  'wiki-sample:calibration',
+  'Calibration text: packaged name, .txt, .jsonl or folder.',
+)
+flags.DEFINE_integer('sequences', 64, 'Calibration sequences.', lower_bound=1)
+flags.DEFINE_integer(
+  'sequence_length', 512, 'Tokens of a calibration sequence.', lower_bound=2
+)
+flags.DEFINE_integer('batch_size', 8, 'Sequences per step.', lower_bound=1)
+flags.DEFINE_enum(
+  'inputs',
+  'quantized',
+  ['quantized', 'float'],
+  'Which block feeds the next one: the quantized or the float one.',
+)
+flags.DEFINE_string(
+  'mesh', '', 'Device mesh, as in data:2,model:4. Default: one device.'
+)
+flags.DEFINE_bool('evaluate', True, 'Measure the model before and after.')
+flags.DEFINE_string(
+  'eval_data', 'wiki-sample:evaluation', 'Evaluation text, as --data.'
+)
+flags.DEFINE_integer(
+  'eval_tokens', 16384, 'Evaluation tokens, in whole windows.', lower_bound=2
+)
+flags.DEFINE_integer(
+  'eval_window', 2048, 'Tokens of an evaluation window.', lower_bound=2
+)
+flags.mark_flags_as_required(['model', 'output'])
+
+# What the bytes of the output depend on; the rest may change on resume.
+_FINGERPRINTED = (
+  'scheme', 'method', 'set', 'group_size', 'symmetric', 'ignore', 'batch_size',
+  'inputs', 'mesh',
+)  # fmt: skip
+_PACKAGES = ('jaxq', 'models', 'pallas_kernels')
+
+
+def main(argv: Sequence[str]) -> None:
+  """Calibrates, saves, evaluates and prints the table."""
+  del argv
+  start = time.perf_counter()
+  mesh = mesh_lib.make_mesh(FLAGS.mesh) if FLAGS.mesh else None
+  scheme = schemes.parse(
+    FLAGS.scheme, group_size=FLAGS.group_size, symmetric=FLAGS.symmetric
+  )
+  built = recipe.build(FLAGS.method, scheme, FLAGS.set)
+  model = models.open_model(FLAGS.model)
+  tokens = _tokens(model)
+  config = driver.CalibrationConfig(
+    batch_size=FLAGS.batch_size,
+    inputs=FLAGS.inputs,
+    ignore=tuple(FLAGS.ignore),
+  )
+  calibrator = driver.Calibrator(model, built.transform, config, mesh)
+  log = pathlib.Path(FLAGS.output + '.run')
+  _say(
+    f'{FLAGS.model}: {model.num_blocks} blocks, {scheme.name} with '
+    f'{", ".join(m["method"] for m in built.description["methods"])}, '
+    f'{tokens.shape[0]} x {tokens.shape[1]} tokens of {FLAGS.data}'
+  )
+  with checkpoint.Writer(FLAGS.output, _fingerprint(model, tokens)) as writer:
+    log.mkdir(parents=True, exist_ok=True)
+    cli.write_flagfile(log / 'resolved.flags')
+    if writer.complete:
+      _say(f'{FLAGS.output} is complete already; nothing to calibrate.')
+    else:
+      _calibrate(calibrator, model, tokens, writer, built.description, log)
+  seconds = time.perf_counter() - start
+  peak = _peak_gigabytes()
+  if FLAGS.evaluate:
+    _evaluate(log, seconds, peak, mesh)
+  _say(f'saved {FLAGS.output}; log and results in {log}')
+
+
+def _tokens(model: models.OpenModel) -> np.ndarray:
+  data = pipeline.DataConfig(
+    source=FLAGS.data,
+    num_sequences=FLAGS.sequences,
+    sequence_length=FLAGS.sequence_length,
+  )
+  return pipeline.calibration_tokens(data, model.tokenizer())
+
+
+def _calibrate(
+  calibrator: driver.Calibrator,
+  model: models.OpenModel,
+  tokens: np.ndarray,
+  writer: checkpoint.Writer,
+  description: dict[str, Any],
+  log: pathlib.Path,
+) -> None:
+  """Runs the driver with a progress bar and completes the directory."""
+  done = sum(writer.has_block(i) for i in range(model.num_blocks))
+  if done:
+    _say(f'resuming: {done} of {model.num_blocks} blocks are done')
+  bar = tqdm.tqdm(
+    total=model.num_blocks,
+    initial=done,
+    unit='block',
+    desc='calibrate',
+    disable=jax.process_index() != 0,
+    dynamic_ncols=True,
+  )
+
+  def on_block(report: driver.BlockReport) -> None:
+    with open(log / 'blocks.jsonl', 'a', encoding='utf-8') as f:
+      f.write(json.dumps(dataclasses.asdict(report)) + '\n')
+    bar.set_postfix_str(
+      f'layer {report.index}, output SQNR {report.output_sqnr_db:.1f} dB, '
+      f'peak {_peak_gigabytes():.2f} GB'
+    )
+    bar.update()
+
+  with bar:
+    calibrator.run(tokens, writer, on_block)
+  writer.finish(
+    {
+      'model': {'family': 'decoder', 'config': dict(model.source.config)},
+      'num_blocks': model.num_blocks,
+      'quantization': description | {'ignore': list(FLAGS.ignore)},
+    },
+    model.tokenizer().to_str(),
+  )
+
+
+def _evaluate(
+  log: pathlib.Path, seconds: float, peak: float, mesh: Mesh | None
+) -> None:
+  """Prints the before/after table and writes the results."""
+  reference = models.load(FLAGS.model, mesh=mesh)
+  quantized = models.load(FLAGS.output, mesh=mesh)
+  windows = evaluation.load_windows(
+    reference,
+    source=FLAGS.eval_data,
+    window=FLAGS.eval_window,
+    tokens=FLAGS.eval_tokens,
+  )
+  rows = list(
+    evaluation.compare(reference, quantized, windows, mesh=mesh).rows()
+  )
+  cost = (
+    results.Metric(name='calibration', value=seconds, unit='s'),
+    results.Metric(name='peak memory', value=peak, unit='GB'),
+  )
+  rows[-1] = dataclasses.replace(rows[-1], metrics=rows[-1].metrics + cost)
+  results.print_table(rows)
+  run = results.run_info(cli.resolved_flags())
+  results.save(log / 'results.json', results.Result(run=run, rows=tuple(rows)))
+
+
+def _fingerprint(model: models.OpenModel, tokens: np.ndarray) -> dict[str, str]:
+  """What the output's bytes depend on."""
+  device = jax.devices()[0]
+  return {
+    'code': _code_hash(),
+    'data': hashlib.sha256(tokens.tobytes()).hexdigest(),
+    'device': f'{device.platform} {device.device_kind}',
+    'flags': json.dumps({n: FLAGS[n].value for n in _FINGERPRINTED}),
+    'jax': jax.__version__,
+    'source': model.fingerprint(),
+  }
+
+
+def _code_hash() -> str:
+  """SHA-256 over the sources of the library and the models."""
+  root = pathlib.Path(__file__).resolve().parents[1]
+  digest = hashlib.sha256()
+  for package in _PACKAGES:
+    for path in sorted((root / package).rglob('*.py')):
+      digest.update(str(path.relative_to(root)).encode())
+      digest.update(path.read_bytes())
+  return digest.hexdigest()
+
+
+def _peak_gigabytes() -> float:
+  """Peak resident memory of this process."""
+  peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+  return peak * (1 if sys.platform == 'darwin' else 1024) / 1e9
+
+
+def _say(text: str) -> None:
+  if jax.process_index() == 0:
+    print(text, file=sys.stderr, flush=True)
+
+
+if __name__ == '__main__':
+  os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')
+  cli.run(main)

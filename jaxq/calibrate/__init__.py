@@ -1,0 +1,1 @@
+"""Observers, the block-by-block driver, resume and the report."""

@@ -1,0 +1,431 @@
+"""The driver: calibrates and quantizes a model block by block.
+
+  x = embed(tokens)                                  activations, on the mesh
+  for each block:
+    for each stage of the transform:
+      stats = observe(block, x)                      jitted, one batch a call
+      params, quant = stage.apply(params, stats)     jitted
+    save(params, quant); x = block(x)
+
+Every block has the same shapes, so each of these functions is compiled once
+however deep the model is. Only one block's parameters, its statistics and the
+activations are in memory. The next block is fed by the quantized block (its
+errors are then seen, and made up for, further down) or by the float one.
+
+A run resumes at the first block that was not saved: the saved ones are only
+run forward, by the same compiled function on the same values, so an
+interrupted run ends with the same bits.
+"""
+
+import dataclasses
+import functools
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, PartitionSpec
+
+from jaxq.nn import blocks, taps
+from jaxq.numerics import qarray
+from jaxq.parallel import mesh as mesh_lib
+from jaxq.quant import transform as transform_lib
+
+Params = Mapping[str, Any]
+
+
+class CalibrationModel(Protocol):
+  """What the driver needs of a model (models.loading.OpenModel is one)."""
+
+  @property
+  def num_blocks(self) -> int: ...
+
+  @property
+  def block(self) -> blocks.BlockSpec: ...
+
+  def outside(self) -> Params: ...
+
+  def block_params(self, i: int) -> Params: ...
+
+  def embed(self, outside: Params, tokens: jax.Array) -> jax.Array: ...
+
+  def rules(self, mesh: Mesh) -> mesh_lib.Rules: ...
+
+
+class BlockStore(Protocol):
+  """Where quantized blocks go (jaxq.io.checkpoint.Writer is one)."""
+
+  def has_outside(self) -> bool: ...
+
+  def save_outside(self, tree: dict[str, Any]) -> None: ...
+
+  def has_block(self, i: int) -> bool: ...
+
+  def save_block(self, i: int, tree: dict[str, Any]) -> None: ...
+
+  def load_block(self, i: int) -> dict[str, Any]: ...
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CalibrationConfig:
+  """How the driver runs.
+
+  batch_size: sequences per jitted call; divides the number of sequences.
+  inputs: 'quantized' or 'float': which block's output feeds the next block.
+  ignore: linears left in float (BlockSpec.without).
+  """
+
+  batch_size: int = 8
+  inputs: str = 'quantized'
+  ignore: tuple[str, ...] = ()
+
+  def __post_init__(self):
+    if self.batch_size < 1:
+      raise ValueError(
+        f'CalibrationConfig: batch_size={self.batch_size}; it must be at '
+        'least 1.'
+      )
+    if self.inputs not in ('quantized', 'float'):
+      raise ValueError(
+        f'CalibrationConfig: inputs={self.inputs!r}; allowed '
+        "['float', 'quantized']."
+      )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LinearReport:
+  """name; bits per weight, all metadata counted; sqnr_db of the weights."""
+
+  name: str
+  bits: float
+  sqnr_db: float
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BlockReport:
+  """What became of one block.
+
+  output_sqnr_db: of the block's output on the first batch, quantized against
+    float, both fed the same input. seconds: all of the block's work.
+  """
+
+  index: int
+  output_sqnr_db: float
+  seconds: float
+  linears: tuple[LinearReport, ...]
+
+
+class Calibrator:
+  """Runs a transform over a model; holds the compiled functions.
+
+  Attributes:
+    compilations: name -> how many times that function was compiled.
+  """
+
+  def __init__(
+    self,
+    model: CalibrationModel,
+    transform: transform_lib.Transform,
+    config: CalibrationConfig,
+    mesh: Mesh | None = None,
+  ):
+    self._model = model
+    self._stages = transform_lib.stages(transform)
+    self._config = config
+    self._mesh = mesh
+    whole = None if mesh is None else mesh_lib.replicated(mesh)
+    batch = None if mesh is None else mesh_lib.batch_sharding(mesh)
+    self._whole = whole
+    self._batch = batch
+    self._rules = () if mesh is None else model.rules(mesh)
+    # A partial is a function of its own, with a cache of its own.
+    make: Any = lambda f, **how: jax.jit(functools.partial(f), **how)
+    self._embed = make(model.embed, out_shardings=batch)
+    forward = {'static_argnames': 'block', 'out_shardings': (batch, whole)}
+    self._forward = make(_forward, **forward)
+    self._forward_float = make(_forward, **forward)
+    self._sqnr = make(_sqnr)
+    self._observe = [
+      make(
+        _observe,
+        static_argnames='block',
+        donate_argnames='states',
+        out_shardings=whole,
+      )
+      for _ in self._stages
+    ]
+    self._apply = [
+      make(stage.apply, static_argnums=0) for stage in self._stages
+    ]
+
+  @property
+  def compilations(self) -> dict[str, int]:
+    """How many times each function was compiled."""
+    named: dict[str, Any] = {
+      'embed': self._embed,
+      'forward': self._forward,
+      'forward_float': self._forward_float,
+    }
+    for i, stage in enumerate(self._stages):
+      named[f'observe_{stage.name}'] = self._observe[i]
+      named[f'apply_{stage.name}'] = self._apply[i]
+    return {name: f._cache_size() for name, f in named.items()}
+
+  def run(
+    self,
+    tokens: np.ndarray,
+    store: BlockStore,
+    on_block: Callable[[BlockReport], None] = lambda report: None,
+  ) -> None:
+    """Quantizes all blocks into `store`.
+
+    Args:
+      tokens: (sequences, T) int32.
+      store: keeps finished blocks; those it has are not done again.
+      on_block: called after each block that was quantized.
+
+    Raises:
+      ValueError: no or indivisible sequences, a pattern that ignores nothing,
+        NaN or Inf in weights or activations (the layer is named).
+    """
+    self._check(tokens)
+    outside = self._model.outside()
+    _check_finite(outside, 'outside the blocks')
+    outside = self._place(outside)
+    for stage in self._stages:
+      outside = jax.jit(stage.outside)(outside)
+    if not store.has_outside():
+      store.save_outside(jax.device_get(outside))
+    xs = self._embed_all(outside, tokens)
+    del outside
+    for i in range(self._model.num_blocks):
+      start = time.perf_counter()
+      spec = self._model.block.without(self._config.ignore, i)
+      done = store.has_block(i)
+      feed = before = None
+      if done:
+        variables = self._place(store.load_block(i))
+        if self._config.inputs == 'float':
+          feed, _ = self._quantize(i, spec, xs, until_float=True)
+      else:
+        before, variables = self._quantize(i, spec, xs)
+        store.save_block(i, jax.device_get(variables))
+        variables = self._place(variables)
+        feed = before
+      if self._config.inputs == 'quantized':
+        feed = variables
+      first, xs = xs[0], self._advance(i, spec, feed, xs)
+      if not done:
+        other: Any = before if feed is variables else variables
+        y, _ = self._forward_of(other)(spec, other, first)
+        pair = (y, xs[0]) if feed is variables else (xs[0], y)
+        on_block(
+          BlockReport(
+            index=i,
+            output_sqnr_db=float(self._sqnr(*pair)),
+            seconds=time.perf_counter() - start,
+            linears=self._linear_reports(i, spec, before, variables),
+          )
+        )
+
+  def _check(self, tokens: np.ndarray) -> None:
+    size, count = self._config.batch_size, len(tokens)
+    if tokens.ndim != 2 or not count:
+      raise ValueError(
+        f'calibration tokens have shape {tokens.shape}; they must be '
+        '(sequences, length) with at least one sequence.'
+      )
+    if count % size:
+      raise ValueError(
+        f'{count} calibration sequences do not make whole batches of '
+        f'batch_size={size}; choose a batch_size that divides {count}.'
+      )
+    if self._mesh is not None:
+      mesh_lib.check_divides('batch_size', size, self._mesh, 'data')
+    names = [
+      blocks.name_of(i, linear.path)
+      for i in range(self._model.num_blocks)
+      for linear in self._model.block.linears
+    ]
+    for pattern in self._config.ignore:
+      if not any(blocks.matches(pattern, name) for name in names):
+        raise ValueError(
+          f'--ignore={pattern} names no linear; allowed are names such as '
+          f'{names[0]!r} or {names[-1].rsplit(".", 1)[-1]!r}, or a regular '
+          "expression after 're:'."
+        )
+
+  def _place(self, tree: Params, rules: Any = None) -> Any:
+    rules = self._rules if rules is None else rules
+    return mesh_lib.place(tree, rules, self._mesh)
+
+  def _embed_all(self, outside: Params, tokens: np.ndarray) -> list[jax.Array]:
+    size = self._config.batch_size
+    return [
+      self._embed(outside, jax.device_put(tokens[i : i + size], self._batch))
+      for i in range(0, len(tokens), size)
+    ]
+
+  def _quantize(
+    self,
+    i: int,
+    spec: blocks.BlockSpec,
+    xs: Sequence[jax.Array],
+    until_float: bool = False,
+  ) -> tuple[Params, Params]:
+    """The block's last all-float variables, and its final ones."""
+    host = self._model.block_params(i)
+    _check_finite(host, f'blocks.{i}')
+    float_variables = variables = self._place({'params': host, 'quant': {}})
+    del host
+    for stage, observe, apply in zip(
+      self._stages, self._observe, self._apply, strict=True
+    ):
+      requests = stage.observe(spec)
+      stats = self._statistics(i, spec, requests, observe, variables, xs)
+      solve = self._place(variables, SOLVE_RULES)
+      arguments = (spec, solve['params'], solve['quant'], stats)
+      if until_float and _quantizes(stage, *arguments):
+        break
+      params, quant = apply(*arguments)
+      variables = self._place({'params': params, 'quant': quant})
+      _check_finite(params, f'blocks.{i}', stage.name)
+      if _is_float(variables):
+        float_variables = variables
+    return float_variables, variables
+
+  def _statistics(self, i, spec, requests, observe, variables, xs) -> Any:
+    """stats[tap][name] after all batches."""
+    if not requests:
+      return {}
+    states: dict[str, Any] = {}
+    for path, named in requests.items():
+      shape = (*xs[0].shape[:2], _tap_width(spec, path, variables))
+      made = {name: request(shape) for name, request in named.items()}
+      states = taps.set_path(states, path, made)
+    states = jax.device_put(states, self._whole)
+    for x in xs:
+      states = observe(spec, variables, x, states)
+    stats = {path: taps.get_path(states, path) for path in requests}
+    for path, named in stats.items():
+      for name, state in named.items():
+        if not all(
+          bool(jnp.all(jnp.isfinite(leaf))) for leaf in jax.tree.leaves(state)
+        ):
+          raise ValueError(
+            f'{blocks.name_of(i, path)}: {name} of its activations is NaN or '
+            'Inf; check the weights before it, or calibrate in float32.'
+          )
+    return stats
+
+  def _forward_of(self, variables: Params) -> Any:
+    """The compiled forward function for float or for quantized blocks."""
+    return self._forward_float if _is_float(variables) else self._forward
+
+  def _advance(self, i, spec, variables, xs) -> list[jax.Array]:
+    """The block's output on all batches."""
+    forward = self._forward_of(variables)
+    ys, finite = [], jnp.bool_(True)
+    for x in xs:
+      y, ok = forward(spec, variables, x)
+      finite = finite & ok
+      ys.append(y)
+    if not bool(finite):
+      raise ValueError(
+        f'blocks.{i}: its output has NaN or Inf; check the weights of that '
+        'block, or calibrate in float32.'
+      )
+    return ys
+
+  def _linear_reports(self, i, spec, before, after) -> tuple[LinearReport, ...]:
+    """What became of the block's kernels."""
+    reports = []
+    for linear in spec.linears:
+      old = blocks.kernel_of(before['params'], linear.path)
+      new = blocks.kernel_of(after['params'], linear.path)
+      if isinstance(new, qarray.QArray):
+        reports.append(
+          LinearReport(
+            name=blocks.name_of(i, linear.path),
+            bits=float(qarray.bits_per_weight(new)),
+            sqnr_db=float(self._sqnr(old, qarray.dequantize(new))),
+          )
+        )
+    return tuple(reports)
+
+
+# Methods solve columns independently, row by row: while they work, kernels are
+# sharded by column, whatever the layout in which the model runs.
+SOLVE_RULES: mesh_lib.Rules = ((r'kernel', PartitionSpec(None, 'model')),)
+
+
+def _observe(
+  block: blocks.BlockSpec, variables: Params, x: jax.Array, states: Params
+) -> Params:
+  """The observer states after one batch; the block's output is not made."""
+  return block.observe({**variables, 'taps': states}, x)[1]
+
+
+def _forward(
+  block: blocks.BlockSpec, variables: Params, x: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+  y = block.apply(variables, x)
+  return y, jnp.all(jnp.isfinite(y))
+
+
+def _sqnr(signal: jax.Array, approximation: jax.Array) -> jax.Array:
+  """Signal-to-noise ratio in dB."""
+  signal = signal.astype(jnp.float32)
+  noise = jnp.sum((signal - approximation.astype(jnp.float32)) ** 2)
+  power = jnp.sum(signal**2)
+  return 10 * jnp.log10(power / jnp.maximum(noise, 1e-30))
+
+
+def _tap_width(spec: blocks.BlockSpec, tap: str, variables: Params) -> int:
+  """K of what passes a tap: the rows of a kernel that reads it."""
+  path = next(lin.path for lin in spec.linears if lin.tap == tap)
+  return blocks.kernel_of(variables['params'], path).shape[-2]
+
+
+def _is_float(variables: Params) -> bool:
+  """Whether nothing in a block is quantized yet."""
+  kernels = [leaf for _, leaf in taps.leaves(variables['params'])]
+  inputs = [
+    path
+    for path, _ in taps.leaves(variables['quant'])
+    if path.endswith('/input')
+  ]
+  return not inputs and not any(
+    isinstance(leaf, qarray.QArray) for leaf in kernels
+  )
+
+
+def _quantizes(stage, spec, params, quant, stats) -> bool:
+  """Whether a stage's output is no longer float (nothing is run)."""
+  params, quant = jax.eval_shape(
+    lambda *args: stage.apply(spec, *args), params, quant, stats
+  )
+  return not _is_float({'params': params, 'quant': quant})
+
+
+def _check_finite(params: Params, where: str, method: str = '') -> None:
+  """Raises ValueError naming the first parameter with NaN or Inf."""
+  for path, leaf in taps.leaves(params):
+    for array in jax.tree.leaves(leaf):
+      if not jnp.issubdtype(array.dtype, jnp.floating):
+        continue
+      xp = np if isinstance(array, np.ndarray) else jnp
+      if not bool(xp.all(xp.isfinite(array))):
+        name = f'{where}.{path}'.replace('/', '.')
+        raise ValueError(
+          f'{name}: NaN or Inf'
+          + (
+            f' after {method}; its statistics are degenerate: calibrate on '
+            'more tokens or raise the damping.'
+            if method
+            else ' in the checkpoint; the file is damaged or was saved from a '
+            'diverged run. Get it again.'
+          )
+        )

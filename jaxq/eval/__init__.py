@@ -1,0 +1,1 @@
+"""Measures of language models: perplexity, divergence, their uncertainty."""

@@ -1,0 +1,1 @@
+"""Readers of model files: GGUF, Hugging Face, and the tokenizers in them."""

@@ -1,0 +1,308 @@
+"""A tree of arrays with typed nodes <-> JSON and a plain dict of arrays.
+
+Orbax stores nested dicts of arrays and nothing else well. So a parameter tree
+is split in two: `structure`, JSON that says which node is of what type, with
+its static fields and the dtype and shape of each array; and `arrays`, nested
+dicts of numpy arrays, in which a typed node is a dict of its array fields.
+`join(*split(tree))` is the tree again, bit for bit.
+
+`save` puts both in one directory: Orbax's files (zarr, one file per array, no
+time stamps: equal trees are equal bytes) and structure.json, which also holds
+the checksum of every file. Plain Orbax restores it as nested dicts of arrays.
+
+A new node type is one row of `NODE_TYPES`.
+"""
+
+import contextlib
+import dataclasses
+import logging
+import os
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import ml_dtypes
+import numpy as np
+import orbax.checkpoint as ocp
+
+from jaxq.io import manifest as manifest_lib
+from jaxq.nn import linear
+from jaxq.numerics import qarray
+from jaxq.numerics import spec as spec_lib
+
+STRUCTURE = 'structure.json'
+STRUCTURE_VERSION = 1
+
+Codec = tuple[Callable[[Any], Any], Callable[[Any], Any]]  # To, from JSON.
+
+_PLAIN: Codec = (lambda value: value, lambda value: value)
+_TUPLE: Codec = (list, tuple)
+_SPEC: Codec = (lambda spec: spec.to_dict(), spec_lib.QuantSpec.from_dict)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class NodeType:
+  """One dataclass: its array fields (None allowed) and its static ones."""
+
+  cls: type
+  arrays: tuple[str, ...]
+  static: dict[str, Codec]
+
+
+# {name in the file: the node type}. Never rename or drop a row.
+NODE_TYPES: dict[str, NodeType] = {
+  'QArray': NodeType(
+    cls=qarray.QArray,
+    arrays=('qvalue', 'scale', 'zero_point', 'tensor_scale'),
+    static={'spec': _SPEC, 'shape': _TUPLE},
+  ),
+  'ActQuant': NodeType(
+    cls=linear.ActQuant,
+    arrays=('scale', 'zero_point'),
+    static={'spec': _SPEC},
+  ),
+  'OnlineHadamard': NodeType(
+    cls=linear.OnlineHadamard,
+    arrays=(),
+    static={'size': _PLAIN},
+  ),
+}
+
+
+def split(tree: dict[str, Any]) -> tuple[Any, dict]:
+  """Nested dicts of arrays and known nodes -> (structure, arrays).
+
+  Empty dicts, nodes without arrays and arrays without elements are in
+  `structure` alone, as Orbax stores none of them.
+
+  Raises:
+    TypeError: a leaf that is neither an array nor of a known type.
+    ValueError: a key that cannot name a file, or an array that is spread over
+      several processes.
+  """
+  if not isinstance(tree, dict):
+    raise TypeError(f'a tree must be a dict, not {type(tree).__name__}.')
+  structure, arrays = _split(tree, ())
+  return structure, arrays or {}
+
+
+def join(structure: dict, arrays: dict) -> dict[str, Any]:
+  """The inverse of `split`; array leaves are numpy arrays.
+
+  Raises:
+    ValueError: a node type of a later version, or arrays that do not fit the
+      structure.
+  """
+  return _join(structure, arrays, ())
+
+
+def save(directory: pathlib.Path, tree: dict[str, Any]) -> None:
+  """Writes a tree to an empty directory and flushes it to the disk."""
+  structure, arrays = split(tree)
+  if arrays:  # Orbax refuses a tree without any.
+    with _quiet_orbax():
+      _handler().save(directory, args=ocp.args.PyTreeSave(arrays))
+  manifest_lib.write_json(
+    directory / STRUCTURE,
+    {
+      'version': STRUCTURE_VERSION,
+      'structure': structure,
+      'files': manifest_lib.file_records(directory),
+    },
+  )
+  manifest_lib.sync_tree(directory)
+
+
+def load(directory: pathlib.Path) -> dict[str, Any]:
+  """What `save` wrote; ValueError naming the file that is damaged."""
+  found = read_structure(directory)
+  manifest_lib.check_files(directory, found['files'])
+  arrays = {}
+  if found['files']:
+    try:
+      with _quiet_orbax():
+        arrays = _handler().restore(directory)
+    except (ValueError, KeyError, TypeError, OSError) as error:
+      raise ValueError(
+        f'{directory} is damaged: Orbax cannot read it '
+        f'({str(error).splitlines()[0]}); copy or make it again.'
+      ) from error
+  return join(found['structure'], arrays)
+
+
+def read_structure(directory: pathlib.Path) -> dict[str, Any]:
+  """{'version', 'structure', 'files'} of a directory that `save` wrote."""
+  path = directory / STRUCTURE
+  if not path.is_file():
+    raise ValueError(f'{path} is missing; copy or make it again.')
+  found = manifest_lib.read_json(path)
+  manifest_lib.check_version(path, found.get('version'), STRUCTURE_VERSION)
+  return found
+
+
+def _split(value: Any, path: tuple[str, ...]) -> tuple[dict | None, Any]:
+  """One node -> (structure, arrays | None if it holds none)."""
+  if value is None:
+    return None, None
+  if isinstance(value, dict):
+    for key in value:
+      _check_key(key, path)
+    return _split_items({'type': 'dict'}, 'items', value, path)
+  if isinstance(value, (np.ndarray, np.generic, jax.Array)):
+    return _split_array(value, path)
+  for name, node in NODE_TYPES.items():
+    if type(value) is node.cls:
+      static = {
+        field: to_json(getattr(value, field))
+        for field, (to_json, _) in node.static.items()
+      }
+      fields = {field: getattr(value, field) for field in node.arrays}
+      head = {'type': name, 'static': static}
+      return _split_items(head, 'fields', fields, path)
+  raise TypeError(
+    f'{_show(path)} is a {type(value).__name__}; a tree may hold dicts, arrays '
+    f'and {sorted(NODE_TYPES)}. Convert it, or add its type to '
+    'jaxq.io.trees.NODE_TYPES.'
+  )
+
+
+def _split_items(head, name, values, path):
+  """Splits each of `values` and adds the structures to `head` as `name`."""
+  arrays = {}
+  head[name] = {}
+  for key in sorted(values):  # The order is part of the stored bytes.
+    head[name][key], part = _split(values[key], (*path, key))
+    if part is not None:
+      arrays[key] = part
+  return head, arrays or None
+
+
+def _split_array(value, path):
+  """An array -> its dtype and shape, and its bytes in a storable dtype."""
+  if isinstance(value, jax.Array) and not value.is_fully_addressable:
+    raise ValueError(
+      f'{_show(path)} is spread over several processes; gather it first, for '
+      'example with jax.experimental.multihost_utils.process_allgather.'
+    )
+  array = np.asarray(value)
+  if array.dtype.kind not in 'biufc' and not hasattr(
+    ml_dtypes, array.dtype.name
+  ):
+    raise TypeError(
+      f'{_show(path)} has dtype {array.dtype}; booleans and '
+      'numbers are allowed.'
+    )
+  head = {
+    'type': 'array',
+    'dtype': array.dtype.name,
+    'shape': list(array.shape),
+  }
+  array = np.ascontiguousarray(array).reshape(array.shape)
+  return head, array.view(_stored_dtype(array.dtype)) if array.size else None
+
+
+def _join(structure, arrays, path):
+  """One node of `structure` with its part of the arrays -> the node."""
+  if structure is None:
+    return None
+  kind = structure['type']
+  if kind == 'array':
+    return _join_array(structure, arrays, path)
+  items = structure['items' if kind == 'dict' else 'fields']
+  parts = arrays if isinstance(arrays, dict) else {}
+  values = {
+    key: _join(item, parts.get(key), (*path, key))
+    for key, item in items.items()
+  }
+  if kind == 'dict':
+    return values
+  if kind not in NODE_TYPES:
+    raise ValueError(
+      f'{_show(path)} is of type {kind!r}; this jaxq knows '
+      f'{sorted(NODE_TYPES)}. Upgrade jaxq to read it.'
+    )
+  static = {
+    field: from_json(structure['static'][field])
+    for field, (_, from_json) in NODE_TYPES[kind].static.items()
+  }
+  return NODE_TYPES[kind].cls(**values, **static)
+
+
+def _join_array(structure, array, path):
+  """The stored array, checked and given its own dtype again."""
+  dtype, shape = _dtype(structure['dtype']), tuple(structure['shape'])
+  if 0 in shape:
+    return np.zeros(shape, dtype)
+  stored = _stored_dtype(dtype)
+  if not isinstance(array, np.ndarray) or (
+    (array.dtype, array.shape) != (stored, shape)
+  ):
+    found = getattr(array, 'dtype', 'no array')
+    raise ValueError(
+      f'{_show(path)}: the structure says {stored}{shape} and the arrays hold '
+      f'{found}{getattr(array, "shape", "")}; the files are damaged or '
+      'mixed. Copy or make them again.'
+    )
+  return array.view(dtype)
+
+
+def _dtype(name: str) -> np.dtype:
+  """numpy's or ml_dtypes' dtype of that name."""
+  return np.dtype(getattr(ml_dtypes, name, name))
+
+
+def _stored_dtype(dtype: np.dtype) -> np.dtype:
+  """The dtype itself, or uint8 for those that zarr may not know."""
+  common = dtype.kind in 'biufc' or dtype.name in (
+    'bfloat16',
+    'float8_e4m3fn',
+    'float8_e5m2',
+  )
+  return dtype if common else np.dtype(np.uint8)
+
+
+def _check_key(key: Any, path: tuple[str, ...]) -> None:
+  """Keys become file names, joined by dots."""
+  if not isinstance(key, str) or not key or set(key) & set('./\\\0'):
+    raise ValueError(
+      f'{_show(path)} has the key {key!r}; keys must be non-empty strings '
+      "without '.' and '/'. Rename it."
+    )
+
+
+def _show(path: tuple[str, ...]) -> str:
+  return '/'.join(path) or 'the tree'
+
+
+def _handler() -> ocp.PyTreeCheckpointHandler:
+  """Orbax without what differs from run to run.
+
+  OCDBT names its files at random, and `ocp.Checkpointer` adds the time; the
+  handler alone adds neither. This process does not wait for the others.
+  """
+  process = jax.process_index()
+  return ocp.PyTreeCheckpointHandler(
+    use_ocdbt=False,
+    use_zarr3=False,
+    multiprocessing_options=ocp.options.MultiprocessingOptions(
+      primary_host=process,
+      active_processes={process},
+      barrier_sync_key_prefix=f'jaxq_{process}',
+    ),
+  )
+
+
+@contextlib.contextmanager
+def _quiet_orbax():
+  """Keeps Orbax's log out of the terminal; its failures are exceptions."""
+
+  def keep(record: logging.LogRecord) -> bool:
+    return f'{os.sep}orbax{os.sep}' not in record.pathname
+
+  logger = logging.getLogger('absl')
+  logger.addFilter(keep)
+  try:
+    yield
+  finally:
+    logger.removeFilter(keep)

@@ -1,0 +1,73 @@
+"""The plain cache: contiguous keys and values with a static capacity.
+
+Slot t of a row holds the token at position t. Rows may have different lengths;
+slots at or past a row's length hold garbage that the causal mask never shows.
+"""
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+
+@flax.struct.dataclass
+class ContiguousCache:
+  """k, v: (B, S, Hkv, D), keys after RoPE. length: (B,) int32, tokens held."""
+
+  k: jax.Array
+  v: jax.Array
+  length: jax.Array
+
+  @property
+  def capacity(self) -> int:
+    """S, the most tokens a row can hold."""
+    return self.k.shape[-3]
+
+
+def init(
+  batch: int,
+  capacity: int,
+  kv_heads: int,
+  head_dim: int,
+  dtype: jnp.dtype = jnp.float32,
+) -> ContiguousCache:
+  """An empty cache."""
+  shape = (batch, capacity, kv_heads, head_dim)
+  return ContiguousCache(
+    k=jnp.zeros(shape, dtype),
+    v=jnp.zeros(shape, dtype),
+    length=jnp.zeros((batch,), jnp.int32),
+  )
+
+
+def append(
+  cache: ContiguousCache, k: jax.Array, v: jax.Array
+) -> ContiguousCache:
+  """Writes k, v (B, T, Hkv, D) behind each row's tokens.
+
+  The caller keeps length + T <= capacity: inside jit nothing can be raised, and
+  a row that overflows drops its newest tokens.
+  """
+  B, T = k.shape[:2]
+  rows = jnp.arange(B)[:, None]
+  slots = cache.length[:, None] + jnp.arange(T)[None]  # (B, T)
+  return ContiguousCache(
+    k=cache.k.at[rows, slots].set(k.astype(cache.k.dtype), mode='drop'),
+    v=cache.v.at[rows, slots].set(v.astype(cache.v.dtype), mode='drop'),
+    length=cache.length + T,
+  )
+
+
+def attend(
+  cache: ContiguousCache, q: jax.Array, positions: jax.Array
+) -> jax.Array:
+  """Causal attention of q (B, T, H, D) at `positions` (B, T) over the cache."""
+  S = cache.capacity
+  mask = jnp.arange(S)[None, None] <= positions[:, :, None]  # (B, T, S)
+  return jax.nn.dot_product_attention(
+    q, cache.k.astype(q.dtype), cache.v.astype(q.dtype), mask=mask[:, None]
+  )
+
+
+def nbytes(cache: ContiguousCache) -> int:
+  """Exact bytes of all leaves."""
+  return sum(leaf.nbytes for leaf in jax.tree.leaves(cache))

@@ -1,0 +1,1 @@
+"""The flax.linen layers every model is built from."""

@@ -1,0 +1,1 @@
+"""Number formats, quantized arrays, packing, range search and Hadamards."""

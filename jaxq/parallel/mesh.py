@@ -1,0 +1,138 @@
+"""A mesh from its flag, and shardings of parameter trees from rules.
+
+A mesh has two axes: `data` shards the calibration sequences, `model` the
+weights. Rules are (regular expression, PartitionSpec) pairs matched against a
+leaf's path, first match wins, no match is replicated. A QArray is sharded as
+its logical matrix is: its codes and scales follow the axis where every shard
+keeps whole packing tiles and whole groups, else the leaf is replicated.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from jaxq.nn import taps
+from jaxq.numerics import packing, qarray
+
+AXES = ('data', 'model')
+Rules = Sequence[tuple[str, PartitionSpec]]
+
+
+def make_mesh(text: str, devices: Sequence[Any] | None = None) -> Mesh:
+  """'data:2,model:4' -> a Mesh with axes data and model.
+
+  Args:
+    text: comma-separated axis:size; an axis left out has size 1.
+    devices: the devices to use; None: all of this job.
+
+  Raises:
+    ValueError: unreadable text, unknown axis, or sizes that do not multiply to
+      the number of devices.
+  """
+  devices = list(jax.devices() if devices is None else devices)
+  sizes = dict.fromkeys(AXES, 1)
+  for part in filter(None, text.split(',')):
+    match = re.fullmatch(r'\s*(\w+)\s*:\s*([1-9]\d*)\s*', part)
+    if not match or match[1] not in AXES:
+      raise ValueError(
+        f'--mesh={text}: cannot read {part!r}; allowed are axis:size pairs '
+        f'with axes {sorted(AXES)}, as in --mesh=data:2,model:4.'
+      )
+    sizes[match[1]] = int(match[2])
+  needed = sizes['data'] * sizes['model']
+  if needed != len(devices):
+    raise ValueError(
+      f'--mesh={text}: data:{sizes["data"]} x model:{sizes["model"]} needs '
+      f'{needed} devices and there are {len(devices)}; choose sizes that '
+      f'multiply to {len(devices)}.'
+    )
+  grid = np.array(devices).reshape(sizes['data'], sizes['model'])
+  return Mesh(grid, AXES)
+
+
+def check_divides(what: str, size: int, mesh: Mesh, axis: str) -> None:
+  """Raises ValueError unless the mesh axis divides `size`."""
+  shards = mesh.shape[axis]
+  if size % shards:
+    raise ValueError(
+      f'mesh {axis}:{shards}: {what}={size} is not a multiple of {shards}; '
+      f'choose a {axis} size that divides {size}.'
+    )
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+  """The whole array on every device."""
+  return NamedSharding(mesh, PartitionSpec())
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+  """The leading axis over `data`."""
+  return NamedSharding(mesh, PartitionSpec('data'))
+
+
+def shardings(tree: Mapping[str, Any], rules: Rules, mesh: Mesh) -> Any:
+  """A tree of NamedShardings for a nested dict of arrays and QArrays."""
+  out: dict[str, Any] = {}
+  for path, leaf in taps.leaves(tree):
+    spec = next(
+      (s for pattern, s in rules if re.search(pattern, path)), PartitionSpec()
+    )
+    out = taps.set_path(out, path, _leaf_sharding(leaf, spec, mesh))
+  return out
+
+
+def place(tree: Mapping[str, Any], rules: Rules, mesh: Mesh | None) -> Any:
+  """Puts a nested dict on the mesh by its rules; None: default device."""
+  if mesh is None:
+    return jax.device_put(tree)
+  placed: dict[str, Any] = {}
+  shards = shardings(tree, rules, mesh)
+  for path, leaf in taps.leaves(tree):
+    target = taps.get_path(shards, path)
+    placed = taps.set_path(placed, path, jax.device_put(leaf, target))
+  return placed
+
+
+def _leaf_sharding(leaf: Any, spec: PartitionSpec, mesh: Mesh) -> Any:
+  """The sharding of one leaf; a QArray gives a QArray of shardings."""
+  if not isinstance(leaf, qarray.QArray):
+    return jax.tree.map(
+      lambda a: NamedSharding(mesh, _fit(a.shape, spec, mesh)), leaf
+    )
+  spec = _fit_matrix(leaf, spec, mesh)
+  return jax.tree.map(
+    lambda a: NamedSharding(mesh, _fit(a.shape, spec, mesh)), leaf
+  )
+
+
+def _fit(
+  shape: tuple[int, ...], spec: PartitionSpec, mesh: Mesh
+) -> PartitionSpec:
+  """The spec aligned to trailing axes, less those it does not divide."""
+  padded = (None,) * (len(shape) - len(spec)) + tuple(spec)
+  padded = padded[len(padded) - len(shape) :]
+  return PartitionSpec(
+    *(
+      axis if axis and size % mesh.shape[axis] == 0 and size > 1 else None
+      for size, axis in zip(shape, padded, strict=True)
+    )
+  )
+
+
+def _fit_matrix(
+  q: qarray.QArray, spec: PartitionSpec, mesh: Mesh
+) -> PartitionSpec:
+  """Drops the K axis where a shard would split a tile or a group."""
+  if len(spec) < 2 or spec[-2] is None:
+    return spec
+  shards = mesh.shape[spec[-2]]
+  K = q.shape[-2]
+  grouped = q.spec.granularity == 'group'
+  unit = packing.tile_rows(K, q.spec.group_size if grouped else -1)
+  if K % shards or (K // shards) % unit:
+    return PartitionSpec(None, spec[-1])
+  return spec

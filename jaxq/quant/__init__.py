@@ -1,0 +1,1 @@
+"""Post-training quantization methods, one file each; each is a Transform."""

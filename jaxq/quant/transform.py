@@ -1,0 +1,68 @@
+"""Transform: the one shape of every post-training quantization method.
+
+A method is a function of its hyper-parameters that returns a `Transform`: pure
+functions closed over a config, in the manner of optax.
+
+  observe(block) -> {tap path: {name: request}}   statistics it needs
+  apply(block, params, quant, stats) -> (params, quant)
+  outside(params) -> params                       embedding, final norm, head
+
+`apply` works on ONE block: `params` is the block's parameters, `quant` its
+`quant` collection so far (online rotations, input quantizers), `stats[tap]
+[name]` the finished observer states; `block` is static. It is jitted once for
+all blocks.
+
+`chain(a, b)` is a Transform that runs a, then observes and runs b: b's
+statistics are those of the block that a left, exactly, whatever a did.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+from jaxq.nn import blocks
+
+Params = Mapping[str, Any]
+Requests = Mapping[str, Mapping[str, Any]]
+Stats = Mapping[str, Mapping[str, Any]]
+
+
+def _nothing(block: blocks.BlockSpec) -> Requests:
+  del block
+  return {}
+
+
+def _unchanged(params: Params) -> Params:
+  return params
+
+
+class Transform(NamedTuple):
+  """A quantization method (module docstring).
+
+  name: for reports and error messages.
+  rest: the transforms that follow it (chain); () for a single method.
+  """
+
+  name: str
+  apply: Callable[
+    [blocks.BlockSpec, Params, Params, Stats], tuple[Params, Params]
+  ]
+  observe: Callable[[blocks.BlockSpec], Requests] = _nothing
+  outside: Callable[[Params], Params] = _unchanged
+  rest: tuple['Transform', ...] = ()
+
+
+def chain(*transforms: Transform) -> Transform:
+  """A Transform that runs the given ones in order.
+
+  Raises:
+    ValueError: nothing to chain.
+  """
+  flat = [stage for t in transforms for stage in stages(t)]
+  if not flat:
+    raise ValueError('chain: no transforms given; pass at least one.')
+  return flat[0]._replace(rest=tuple(flat[1:]))
+
+
+def stages(transform: Transform) -> tuple[Transform, ...]:
+  """The single methods of a chain, in order."""
+  return (transform._replace(rest=()), *transform.rest)

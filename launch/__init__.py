@@ -1,0 +1,1 @@
+"""Launchers for TPU VMs, GKE, XPK and Slurm."""

@@ -1,0 +1,1 @@
+"""Tests of jaxq, one folder per package."""

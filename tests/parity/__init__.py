@@ -1,0 +1,1 @@
+"""Live comparisons with independent implementations."""
