@@ -1,4 +1,4 @@
-"""Quantizes a language model block by block, measures it and saves it.
+r"""Quantizes a language model block by block, measures it and saves it.
 
   python -m experiments.calibrate \
       --flagfile=experiments/flags/smollm2_w4a16_gptq.flags
@@ -62,6 +62,13 @@ flags.DEFINE_integer(
   "the scheme's own.",
 )
 flags.DEFINE_bool('symmetric', True, 'Symmetric integer weights.')
+flags.DEFINE_float(
+  'input_clip',
+  1.0,
+  'Factor on the range of integer inputs.',
+  lower_bound=0.01,
+  upper_bound=1.0,
+)
 flags.DEFINE_multi_string(
   'ignore', [], 'Linears kept float: a name (down_proj) or re:PATTERN.'
 )
@@ -98,8 +105,8 @@ flags.mark_flags_as_required(['model', 'output'])
 
 # What the bytes of the output depend on; the rest may change on resume.
 _FINGERPRINTED = (
-  'scheme', 'method', 'set', 'group_size', 'symmetric', 'ignore', 'batch_size',
-  'inputs', 'mesh',
+  'scheme', 'method', 'set', 'group_size', 'symmetric', 'input_clip', 'ignore',
+  'batch_size', 'inputs', 'mesh',
 )  # fmt: skip
 _PACKAGES = ('jaxq', 'models', 'pallas_kernels')
 
@@ -110,7 +117,10 @@ def main(argv: Sequence[str]) -> None:
   start = time.perf_counter()
   mesh = mesh_lib.make_mesh(FLAGS.mesh) if FLAGS.mesh else None
   scheme = schemes.parse(
-    FLAGS.scheme, group_size=FLAGS.group_size, symmetric=FLAGS.symmetric
+    FLAGS.scheme,
+    group_size=FLAGS.group_size,
+    symmetric=FLAGS.symmetric,
+    input_clip=FLAGS.input_clip,
   )
   built = recipe.build(FLAGS.method, scheme, FLAGS.set)
   model = models.open_model(FLAGS.model)

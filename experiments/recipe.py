@@ -67,6 +67,8 @@ def build(
         f'--method={name}; allowed {sorted(METHODS)}, several with commas.'
       )
   fields = {name: _specs(METHODS[name][0], scheme) for name in METHODS}
+  if scheme.static_inputs:
+    fields['activations']['mode'] = 'static'
   weight_methods = [n for n in METHODS if 'weights' in _names(METHODS[n][0])]
   if scheme.weights and not set(names) & set(weight_methods):
     names.append('rtn')

@@ -28,6 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
+from jaxq.calibrate import observers
 from jaxq.nn import blocks, taps
 from jaxq.numerics import qarray
 from jaxq.parallel import mesh as mesh_lib
@@ -96,9 +97,15 @@ class CalibrationConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LinearReport:
-  """name; bits per weight, all metadata counted; sqnr_db of the weights."""
+  """What became of one kernel.
+
+  name: of the linear. size: its number of weights.
+  bits: per weight, all metadata counted.
+  sqnr_db: of the weights.
+  """
 
   name: str
+  size: int
   bits: float
   sqnr_db: float
 
@@ -308,6 +315,8 @@ class Calibrator:
     states = jax.device_put(states, self._whole)
     for x in xs:
       states = observe(spec, variables, x, states)
+      if all(_is_full(state) for state in _states(states)):
+        break
     stats = {path: taps.get_path(states, path) for path in requests}
     for path, named in stats.items():
       for name, state in named.items():
@@ -349,6 +358,7 @@ class Calibrator:
         reports.append(
           LinearReport(
             name=blocks.name_of(i, linear.path),
+            size=old.size,
             bits=float(qarray.bits_per_weight(new)),
             sqnr_db=float(self._sqnr(old, qarray.dequantize(new))),
           )
@@ -387,6 +397,16 @@ def _tap_width(spec: blocks.BlockSpec, tap: str, variables: Params) -> int:
   """K of what passes a tap: the rows of a kernel that reads it."""
   path = next(lin.path for lin in spec.linears if lin.tap == tap)
   return blocks.kernel_of(variables['params'], path).shape[-2]
+
+
+def _states(tree: Params) -> list[Any]:
+  """The observer states in a `taps` collection."""
+  return [state for _, state in taps.leaves(tree)]
+
+
+def _is_full(state: Any) -> bool:
+  """Whether an observer has all it wants."""
+  return isinstance(state, observers.Sample) and state.is_full
 
 
 def _is_float(variables: Params) -> bool:

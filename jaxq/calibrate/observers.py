@@ -152,6 +152,11 @@ class Sample:
   x: jax.Array
   filled: jax.Array
 
+  @property
+  def is_full(self) -> bool:
+    """Whether later sequences would be dropped; outside jit only."""
+    return int(self.filled) >= self.x.shape[0]
+
   def update(self, x: jax.Array) -> 'Sample':
     """x (B, T, K)."""
     rows = self.filled + jnp.arange(x.shape[0])

@@ -19,11 +19,11 @@ Cost: `grid` passes of f over the sample, one at a time, and `clip_grid`
 products with the groups' Gram matrices, in chunks of at most 512 columns: live
 memory is that of one pass plus about five times K x 512 floats.
 
-All statistics are taken once, before: sites are searched in order, and a site's
-fold divides the kept inputs of its consumers by s and leaves all others as they
-are, because it preserves the function. That v and up are divided per column
-after their own site was searched changes nothing, since their scales are per
-column too.
+Two stages: scales, then clipping and rounding on the inputs as scaled. In the
+first, sites are searched in order on statistics taken once: a site's fold
+preserves the function and changes only its own consumers' input. That v and up
+are divided per column after their own site was searched changes nothing, since
+their scales are per column too.
 
 Departures from the reference: v -> o is searched under grouped-query attention
 as well, with one s per value channel (a is averaged over the query heads that
@@ -90,11 +90,19 @@ class AwqConfig:
 
 def awq(config: AwqConfig) -> transform.Transform:
   """The method as a Transform; see the module docstring."""
-  return transform.Transform(
-    name='awq',
-    apply=functools.partial(_apply, config),
-    observe=functools.partial(_observe, config),
+  scale = transform.Transform(
+    name='awq_scale',
+    apply=functools.partial(_scale, config),
+    observe=functools.partial(_observe_scale, config),
   )
+  if not config.quantize:
+    return scale
+  clip_and_round = transform.Transform(
+    name='awq_round',
+    apply=functools.partial(_clip_and_round, config),
+    observe=functools.partial(_observe_clip, config),
+  )
+  return transform.chain(scale, clip_and_round)
 
 
 def search_scale(
@@ -200,27 +208,38 @@ def clip_kernel(
   return out.swapaxes(0, 1).reshape(K, chunks * width)[:, :N]
 
 
-def _observe(config: AwqConfig, block: blocks.BlockSpec) -> transform.Requests:
-  requests: dict[str, dict[str, Any]] = {}
+def _observe_scale(
+  config: AwqConfig, block: blocks.BlockSpec
+) -> transform.Requests:
   sample = observers.sample(config.sample_sequences)
-  for site in block.sites:
-    if (tap := _tap_of(block, site)) is not None:
-      requests[tap] = {'mean_abs': observers.mean_abs, 'sample': sample}
-  for linear in block.linears:
-    if _clips(config, linear):
-      requests.setdefault(linear.tap, {})['sample'] = sample
-  return requests
+  found = (_tap_of(block, site) for site in block.sites)
+  return {
+    tap: {'mean_abs': observers.mean_abs, 'sample': sample}
+    for tap in found
+    if tap is not None
+  }
 
 
-def _apply(
+def _observe_clip(
+  config: AwqConfig, block: blocks.BlockSpec
+) -> transform.Requests:
+  sample = observers.sample(config.sample_sequences)
+  return {
+    linear.tap: {'sample': sample}
+    for linear in block.linears
+    if _clips(config, linear)
+  }
+
+
+def _scale(
   config: AwqConfig,
   block: blocks.BlockSpec,
   params: Params,
   quant: Params,
   stats: transform.Stats,
 ) -> tuple[Params, Params]:
+  """Searches and folds the scale of every site."""
   _check(block, params, quant)
-  inputs = {tap: s['sample'].x for tap, s in stats.items()}  # (B, T, K) each
   for site in block.sites:
     tap = _tap_of(block, site)
     if tap is None or _has_hadamard(quant, site):
@@ -230,19 +249,29 @@ def _apply(
       site,
       {'params': params, 'quant': quant},
       stats[tap]['mean_abs'].mean,
-      inputs[tap],
+      stats[tap]['sample'].x,
       config,
     )
     params = equivalence.divide_producer(params, site, s)
-    inputs[tap] = inputs[tap] / site.expand(s)[None, None]
-  if config.quantize:
-    for linear in block.linears:
-      kernel = blocks.kernel_of(params, linear.path)
-      if _clips(config, linear):
-        x = _spread(inputs[linear.tap], config.clip_tokens)
-        kernel = clip_kernel(kernel, x, config)
-      kernel = qarray.quantize(kernel, config.weights)
-      params = taps.set_path(params, f'{linear.path}/kernel', kernel)
+  return params, quant
+
+
+def _clip_and_round(
+  config: AwqConfig,
+  block: blocks.BlockSpec,
+  params: Params,
+  quant: Params,
+  stats: transform.Stats,
+) -> tuple[Params, Params]:
+  """Clips where config says so, and rounds to nearest."""
+  _check(block, params, quant)
+  for linear in block.linears:
+    kernel = blocks.kernel_of(params, linear.path)
+    if _clips(config, linear):
+      x = _spread(stats[linear.tap]['sample'].x, config.clip_tokens)
+      kernel = clip_kernel(kernel, x, config)
+    kernel = qarray.quantize(kernel, config.weights)
+    params = taps.set_path(params, f'{linear.path}/kernel', kernel)
   return params, quant
 
 
@@ -268,7 +297,7 @@ def _tap_of(block: blocks.BlockSpec, site: blocks.Site) -> str | None:
 
 def _clips(config: AwqConfig, linear: blocks.Linear) -> bool:
   name = linear.path.rpartition('/')[2]
-  return config.quantize and config.clip and name not in config.skip_clip
+  return config.clip and name not in config.skip_clip
 
 
 def _has_hadamard(quant: Params, site: blocks.Site) -> bool:

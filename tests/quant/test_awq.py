@@ -182,12 +182,15 @@ class AwqTest(parameterized.TestCase):
 
   def test_jit_equals_eager(self):
     block, params = _mlp_block()
+    x = testing.inputs()
     method = awq.awq(_config())
-    stats = testing.observe(block, params, {}, method, testing.inputs())
-    eager, _ = method.apply(block, params, {}, stats)
-    jitted, _ = jax.jit(method.apply, static_argnums=0)(
-      block, params, {}, stats
-    )
+    eager, _ = _run(block, params, method, x)
+    jitted = params
+    for stage in transform.stages(method):
+      stats = testing.observe(block, jitted, {}, stage, x)
+      jitted, _ = jax.jit(stage.apply, static_argnums=0)(
+        block, jitted, {}, stats
+      )
     self.assertEqual(jax.tree.structure(eager), jax.tree.structure(jitted))
     for lin in block.linears:
       a, b = (

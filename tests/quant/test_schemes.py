@@ -30,12 +30,20 @@ class SchemesTest(parameterized.TestCase):
     scheme = schemes.parse('W4A16', group_size=-1, symmetric=False)
     self.assertEqual(scheme.weights.granularity, 'channel')
     self.assertFalse(scheme.weights.symmetric)
-    self.assertEqual(schemes.parse('W8A8', group_size=64).weights.group_size, 64)
+    grouped = schemes.parse('W8A8', group_size=64, input_clip=0.9)
+    self.assertEqual(grouped.weights.group_size, 64)
+    self.assertEqual(grouped.inputs.clip, 0.9)
+
+  def test_static_inputs_have_one_scale_per_tensor(self):
+    scheme = schemes.parse('W8A8_STATIC')
+    self.assertTrue(scheme.static_inputs)
+    self.assertEqual(scheme.inputs.granularity, 'tensor')
+    self.assertFalse(schemes.parse('W8A8').static_inputs)
 
   def test_sixteen_bits_is_float(self):
     self.assertIsNone(schemes.parse('W16A8').weights)
 
-  @parameterized.parameters('W9A16', 'int4', 'W4', 'W4A1')
+  @parameterized.parameters('W9A16', 'int4', 'W4', 'W4A1', 'W4A16_STATIC')
   def test_unknown_names_list_the_known(self, name):
     with self.assertRaisesRegex(ValueError, f'--scheme={name}.*FP8_DYNAMIC'):
       schemes.parse(name)
