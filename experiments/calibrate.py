@@ -11,7 +11,6 @@ results.
 """
 
 import dataclasses
-import hashlib
 import json
 import os
 import pathlib
@@ -19,7 +18,6 @@ import resource
 import sys
 import time
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import numpy as np
@@ -29,9 +27,8 @@ from jax.sharding import Mesh
 
 import models
 from experiments import cli, evaluation, recipe, results
-from jaxq.calibrate import driver
+from jaxq.calibrate import driver, run
 from jaxq.data import pipeline
-from jaxq.io import checkpoint
 from jaxq.parallel import mesh as mesh_lib
 from jaxq.quant import schemes
 
@@ -103,13 +100,6 @@ flags.DEFINE_integer(
 )
 flags.mark_flags_as_required(['model', 'output'])
 
-# What the bytes of the output depend on; the rest may change on resume.
-_FINGERPRINTED = (
-  'scheme', 'method', 'set', 'group_size', 'symmetric', 'input_clip', 'ignore',
-  'batch_size', 'inputs', 'mesh',
-)  # fmt: skip
-_PACKAGES = ('jaxq', 'models', 'pallas_kernels')
-
 
 def main(argv: Sequence[str]) -> None:
   """Calibrates, saves, evaluates and prints the table."""
@@ -130,24 +120,37 @@ def main(argv: Sequence[str]) -> None:
     inputs=FLAGS.inputs,
     ignore=tuple(FLAGS.ignore),
   )
-  calibrator = driver.Calibrator(model, built.transform, config, mesh)
   log = pathlib.Path(FLAGS.output + '.run')
   _say(
     f'{FLAGS.model}: {model.num_blocks} blocks, {scheme.name} with '
     f'{", ".join(m["method"] for m in built.description["methods"])}, '
     f'{tokens.shape[0]} x {tokens.shape[1]} tokens of {FLAGS.data}'
   )
-  with checkpoint.Writer(FLAGS.output, _fingerprint(model, tokens)) as writer:
-    log.mkdir(parents=True, exist_ok=True)
-    cli.write_flagfile(log / 'resolved.flags')
-    if writer.complete:
-      _say(f'{FLAGS.output} is complete already; nothing to calibrate.')
-    else:
-      _calibrate(calibrator, model, tokens, writer, built.description, log)
-  seconds = time.perf_counter() - start
-  peak = _peak_gigabytes()
+  progress = _Progress(model.num_blocks, log)
+  try:
+    ran = run.calibrate(
+      model,
+      built.transform,
+      tokens,
+      FLAGS.output,
+      config=config,
+      mesh=mesh,
+      settings=built.description,
+      on_start=progress.start,
+      on_block=progress.block,
+    )
+  finally:
+    progress.close()
+  if not ran:
+    _say(f'{FLAGS.output} is complete already; nothing to calibrate.')
+  cost = (
+    results.Metric(
+      name='calibration', value=time.perf_counter() - start, unit='s'
+    ),
+    results.Metric(name='peak memory', value=_peak_gigabytes(), unit='GB'),
+  )
   if FLAGS.evaluate:
-    _evaluate(log, seconds, peak, mesh)
+    _evaluate(log, cost if ran else (), mesh)
   _say(f'saved {FLAGS.output}; log and results in {log}')
 
 
@@ -160,50 +163,48 @@ def _tokens(model: models.OpenModel) -> np.ndarray:
   return pipeline.calibration_tokens(data, model.tokenizer())
 
 
-def _calibrate(
-  calibrator: driver.Calibrator,
-  model: models.OpenModel,
-  tokens: np.ndarray,
-  writer: checkpoint.Writer,
-  description: dict[str, Any],
-  log: pathlib.Path,
-) -> None:
-  """Runs the driver with a progress bar and completes the directory."""
-  done = sum(writer.has_block(i) for i in range(model.num_blocks))
-  if done:
-    _say(f'resuming: {done} of {model.num_blocks} blocks are done')
-  bar = tqdm.tqdm(
-    total=model.num_blocks,
-    initial=done,
-    unit='block',
-    desc='calibrate',
-    disable=jax.process_index() != 0,
-    dynamic_ncols=True,
-  )
+class _Progress:
+  """The progress bar, and the log of finished blocks; on process 0 only."""
 
-  def on_block(report: driver.BlockReport) -> None:
-    with open(log / 'blocks.jsonl', 'a', encoding='utf-8') as f:
-      f.write(json.dumps(dataclasses.asdict(report)) + '\n')
-    bar.set_postfix_str(
-      f'layer {report.index}, output SQNR {report.output_sqnr_db:.1f} dB, '
-      f'peak {_peak_gigabytes():.2f} GB'
+  def __init__(self, num_blocks: int, log: pathlib.Path):
+    self._num_blocks = num_blocks
+    self._log = log
+    self._bar: tqdm.tqdm | None = None
+
+  def start(self, done: int) -> None:
+    """Called when the output directory is ours: the first thing we write."""
+    self._log.mkdir(parents=True, exist_ok=True)
+    cli.write_flagfile(self._log / 'resolved.flags')
+    if done:
+      _say(f'resuming: {done} of {self._num_blocks} blocks are done')
+    self._bar = tqdm.tqdm(
+      total=self._num_blocks,
+      initial=done,
+      unit='block',
+      desc='calibrate',
+      disable=jax.process_index() != 0,
+      dynamic_ncols=True,
     )
-    bar.update()
 
-  with bar:
-    calibrator.run(tokens, writer, on_block)
-  writer.finish(
-    {
-      'model': {'family': 'decoder', 'config': dict(model.source.config)},
-      'num_blocks': model.num_blocks,
-      'quantization': description | {'ignore': list(FLAGS.ignore)},
-    },
-    model.tokenizer().to_str(),
-  )
+  def block(self, report: driver.BlockReport) -> None:
+    """Logs a finished block."""
+    with open(self._log / 'blocks.jsonl', 'a', encoding='utf-8') as f:
+      f.write(json.dumps(dataclasses.asdict(report)) + '\n')
+    if self._bar is not None:
+      self._bar.set_postfix_str(
+        f'layer {report.index}, output SQNR {report.output_sqnr_db:.1f} dB, '
+        f'peak {_peak_gigabytes():.2f} GB'
+      )
+      self._bar.update()
+
+  def close(self) -> None:
+    """Ends the bar."""
+    if self._bar is not None:
+      self._bar.close()
 
 
 def _evaluate(
-  log: pathlib.Path, seconds: float, peak: float, mesh: Mesh | None
+  log: pathlib.Path, cost: tuple[results.Metric, ...], mesh: Mesh | None
 ) -> None:
   """Prints the before/after table and writes the results."""
   reference = models.load(FLAGS.model, mesh=mesh)
@@ -217,38 +218,10 @@ def _evaluate(
   rows = list(
     evaluation.compare(reference, quantized, windows, mesh=mesh).rows()
   )
-  cost = (
-    results.Metric(name='calibration', value=seconds, unit='s'),
-    results.Metric(name='peak memory', value=peak, unit='GB'),
-  )
   rows[-1] = dataclasses.replace(rows[-1], metrics=rows[-1].metrics + cost)
   results.print_table(rows)
-  run = results.run_info(cli.resolved_flags())
-  results.save(log / 'results.json', results.Result(run=run, rows=tuple(rows)))
-
-
-def _fingerprint(model: models.OpenModel, tokens: np.ndarray) -> dict[str, str]:
-  """What the output's bytes depend on."""
-  device = jax.devices()[0]
-  return {
-    'code': _code_hash(),
-    'data': hashlib.sha256(tokens.tobytes()).hexdigest(),
-    'device': f'{device.platform} {device.device_kind}',
-    'flags': json.dumps({n: FLAGS[n].value for n in _FINGERPRINTED}),
-    'jax': jax.__version__,
-    'source': model.fingerprint(),
-  }
-
-
-def _code_hash() -> str:
-  """SHA-256 over the sources of the library and the models."""
-  root = pathlib.Path(__file__).resolve().parents[1]
-  digest = hashlib.sha256()
-  for package in _PACKAGES:
-    for path in sorted((root / package).rglob('*.py')):
-      digest.update(str(path.relative_to(root)).encode())
-      digest.update(path.read_bytes())
-  return digest.hexdigest()
+  info = results.run_info(cli.resolved_flags())
+  results.save(log / 'results.json', results.Result(run=info, rows=tuple(rows)))
 
 
 def _peak_gigabytes() -> float:

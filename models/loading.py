@@ -105,6 +105,10 @@ class OpenModel:
     """How its parameters are sharded."""
     return decoder.sharding_rules(self.config, mesh.shape['model'])
 
+  def description(self) -> dict[str, Any]:
+    """What a manifest says of the model."""
+    return {'family': 'decoder', 'config': dict(self.source.config)}
+
   def fingerprint(self) -> str:
     """Names the weights."""
     return self.source.fingerprint()

@@ -197,7 +197,7 @@ class Calibrator:
       ValueError: no or indivisible sequences, a pattern that ignores nothing,
         NaN or Inf in weights or activations (the layer is named).
     """
-    self._check(tokens)
+    self._check_run(tokens)
     outside = self._model.outside()
     _check_finite(outside, 'outside the blocks')
     outside = self._place(outside)
@@ -237,7 +237,36 @@ class Calibrator:
           )
         )
 
-  def _check(self, tokens: np.ndarray) -> None:
+  def check(self, tokens: np.ndarray) -> None:
+    """Refuses at once what `run` would only find on its way.
+
+    Reads the first block and traces every stage on its shapes; nothing is
+    compiled or computed.
+
+    Args:
+      tokens: as for `run`.
+
+    Raises:
+      ValueError, NotImplementedError: as `run`, and what a method says of the
+        shapes of the block.
+    """
+    self._check_run(tokens)
+    params = self._model.block_params(0)
+    _check_finite(params, 'blocks.0')
+    spec = self._model.block.without(self._config.ignore, 0)
+    batch = (self._config.batch_size, tokens.shape[1])
+    params, quant = jax.eval_shape(lambda tree: tree, (params, {}))
+    for stage, apply in zip(self._stages, self._apply, strict=True):
+      stats = {}
+      for path, named in stage.observe(spec).items():
+        shape = (*batch, _tap_width(spec, path, {'params': params}))
+        stats[path] = {
+          name: jax.eval_shape(functools.partial(request, shape))
+          for name, request in named.items()
+        }
+      params, quant = apply.eval_shape(spec, params, quant, stats)
+
+  def _check_run(self, tokens: np.ndarray) -> None:
     size, count = self._config.batch_size, len(tokens)
     if tokens.ndim != 2 or not count:
       raise ValueError(

@@ -15,7 +15,6 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxq.nn import taps
 from jaxq.numerics import packing, qarray
 
 AXES = ('data', 'model')
@@ -76,25 +75,32 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 
 def shardings(tree: Mapping[str, Any], rules: Rules, mesh: Mesh) -> Any:
   """A tree of NamedShardings for a nested dict of arrays and QArrays."""
-  out: dict[str, Any] = {}
-  for path, leaf in taps.leaves(tree):
+
+  def visit(node: Any, path: str) -> Any:
+    if isinstance(node, Mapping):  # Empty ones are kept.
+      return {
+        k: visit(v, f'{path}/{k}' if path else k) for k, v in node.items()
+      }
     spec = next(
       (s for pattern, s in rules if re.search(pattern, path)), PartitionSpec()
     )
-    out = taps.set_path(out, path, _leaf_sharding(leaf, spec, mesh))
-  return out
+    return _leaf_sharding(node, spec, mesh)
+
+  return visit(tree, '')
 
 
 def place(tree: Mapping[str, Any], rules: Rules, mesh: Mesh | None) -> Any:
   """Puts a nested dict on the mesh by its rules; None: default device."""
   if mesh is None:
     return jax.device_put(tree)
-  placed: dict[str, Any] = {}
-  shards = shardings(tree, rules, mesh)
-  for path, leaf in taps.leaves(tree):
-    target = taps.get_path(shards, path)
-    placed = taps.set_path(placed, path, jax.device_put(leaf, target))
-  return placed
+  return jax.device_put(tree, shardings(tree, rules, mesh))
+
+
+def constrain(tree: Mapping[str, Any], rules: Rules, mesh: Mesh | None) -> Any:
+  """Inside jit: asks for the layout that `place` gives; None: nothing."""
+  if mesh is None:
+    return tree
+  return jax.lax.with_sharding_constraint(tree, shardings(tree, rules, mesh))
 
 
 def _leaf_sharding(leaf: Any, spec: PartitionSpec, mesh: Mesh) -> Any:
@@ -131,8 +137,10 @@ def _fit_matrix(
     return spec
   shards = mesh.shape[spec[-2]]
   K = q.shape[-2]
-  grouped = q.spec.granularity == 'group'
-  unit = packing.tile_rows(K, q.spec.group_size if grouped else -1)
+  group_size = q.spec.group_size if q.spec.granularity == 'group' else -1
+  unit = max(group_size, 1)
+  if q.is_packed:
+    unit = packing.tile_rows(K, group_size)
   if K % shards or (K // shards) % unit:
     return PartitionSpec(None, spec[-1])
   return spec

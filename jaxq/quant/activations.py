@@ -51,11 +51,11 @@ class ActivationsConfig:
   quantile: float = 0.9999
 
   def __post_init__(self):
-    for name, allowed in (('mode', sorted(MODES)), ('observer', OBSERVERS)):
-      if getattr(self, name) not in allowed:
+    for name, known in (('mode', tuple(MODES)), ('observer', OBSERVERS)):
+      if getattr(self, name) not in known:
         raise ValueError(
           f'ActivationsConfig: {name}={getattr(self, name)!r}; allowed '
-          f'{list(allowed)}. Use one of them.'
+          f'{sorted(known)}. Use one of them.'
         )
     if self.inputs.granularity == 'group':
       raise NotImplementedError(

@@ -1,0 +1,133 @@
+"""`calibrate`: a float model to a finished quantized directory, resumable.
+
+  calibrate(model, transform, tokens, output)
+
+ties the driver to a checkpoint.Writer. What the output's bytes depend on (the
+tokens, the settings, the weights, the code, JAX and the device) is its
+fingerprint: the same call on an unfinished directory goes on with it, another
+one is refused.
+"""
+
+import hashlib
+import json
+import os
+import pathlib
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+import tokenizers
+from jax.sharding import Mesh
+
+from jaxq.calibrate import driver
+from jaxq.io import checkpoint
+from jaxq.quant import transform as transform_lib
+
+_ROOT = pathlib.Path(__file__).resolve().parents[2]
+_PACKAGES = ('jaxq', 'models', 'pallas_kernels')
+
+
+class SourceModel(driver.CalibrationModel, Protocol):
+  """What `calibrate` needs of a model beside what the driver does."""
+
+  def description(self) -> dict[str, Any]: ...
+
+  def fingerprint(self) -> str: ...
+
+  def tokenizer(self) -> tokenizers.Tokenizer: ...
+
+
+def calibrate(
+  model: SourceModel,
+  transform: transform_lib.Transform,
+  tokens: np.ndarray,
+  output: str | os.PathLike,
+  *,
+  config: driver.CalibrationConfig | None = None,
+  mesh: Mesh | None = None,
+  settings: Mapping[str, Any] | None = None,
+  on_start: Callable[[int], None] = lambda blocks_done: None,
+  on_block: Callable[[driver.BlockReport], None] = lambda report: None,
+) -> bool:
+  """Quantizes a model into a directory that models.load reads.
+
+  Args:
+    model: from models.open_model.
+    transform: the method, or a chain.
+    tokens: (sequences, T) int32, from pipeline.calibration_tokens.
+    output: a new directory, or one that this same call was writing.
+    config: how the driver runs; None is its default.
+    mesh: None is the default device.
+    settings: JSON data that says what the transform is; kept in the manifest
+      and part of the fingerprint. None: the names of its stages, which do not
+      tell their hyper-parameters.
+    on_start: called with the number of blocks that are done already.
+    on_block: called with each block's report.
+
+  Returns:
+    False if the directory was complete already.
+
+  Raises:
+    ValueError: the directory holds something else, or the driver refuses.
+    OSError: it cannot be written.
+  """
+  config = driver.CalibrationConfig() if config is None else config
+  if settings is None:
+    names = [stage.name for stage in transform_lib.stages(transform)]
+    settings = {'methods': [{'method': name} for name in names]}
+  calibrator = driver.Calibrator(model, transform, config, mesh)
+  marks = fingerprint(model, tokens, config, mesh, settings)
+  with checkpoint.Writer(output, marks) as writer:
+    if writer.complete:
+      return False
+    on_start(sum(writer.has_block(i) for i in range(model.num_blocks)))
+    calibrator.run(tokens, writer, on_block)
+    writer.finish(
+      {
+        'model': model.description(),
+        'num_blocks': model.num_blocks,
+        'quantization': {**settings, 'ignore': list(config.ignore)},
+      },
+      model.tokenizer().to_str(),
+    )
+  return True
+
+
+def fingerprint(
+  model: SourceModel,
+  tokens: np.ndarray,
+  config: driver.CalibrationConfig,
+  mesh: Mesh | None,
+  settings: Mapping[str, Any],
+) -> dict[str, str]:
+  """What the output's bytes depend on, as a flat dict of strings."""
+  device = jax.devices()[0]
+  return {
+    'code': code_hash(),
+    'data': hashlib.sha256(
+      str(tokens.shape).encode() + tokens.tobytes()
+    ).hexdigest(),
+    'device': f'{device.platform} {device.device_kind}',
+    'flags': json.dumps(
+      {
+        **settings,
+        'batch_size': config.batch_size,
+        'inputs': config.inputs,
+        'ignore': config.ignore,
+        'mesh': None if mesh is None else dict(mesh.shape),
+      }
+    ),
+    'jax': jax.__version__,
+    'source': model.fingerprint(),
+  }
+
+
+def code_hash() -> str:
+  """SHA-256 over the sources of the library and the models."""
+  digest = hashlib.sha256()
+  for package in _PACKAGES:
+    for path in sorted((_ROOT / package).rglob('*.py')):
+      digest.update(str(path.relative_to(_ROOT)).encode())
+      digest.update(path.read_bytes())
+  return digest.hexdigest()
