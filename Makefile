@@ -23,7 +23,7 @@ DEMO ?= $(VENV)/bin/python -m experiments.calibrate \
   --flagfile=experiments/flags/smollm2_w4a16_gptq.flags
 # The main job on the real model, short: all blocks, few samples.
 SMOKE_OUTPUT ?= out/smoke
-SMOKE ?= $(DEMO) --output=$(SMOKE_OUTPUT) --sequences=4 --eval_windows=1
+SMOKE ?= $(DEMO) --output=$(SMOKE_OUTPUT) --sequences=4 --eval_tokens=2048
 
 # The environment holds the CPU build of JAX. Compiled programs are kept, so
 # that the second run of anything starts at once.

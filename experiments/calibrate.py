@@ -114,13 +114,18 @@ def main(argv: Sequence[str]) -> None:
   )
   built = recipe.build(FLAGS.method, scheme, FLAGS.set)
   model = models.open_model(FLAGS.model)
-  tokens = _tokens(model)
   config = driver.CalibrationConfig(
-    batch_size=FLAGS.batch_size,
+    batch_size=min(FLAGS.batch_size, FLAGS.sequences),
     inputs=FLAGS.inputs,
     ignore=tuple(FLAGS.ignore),
   )
-  log = pathlib.Path(FLAGS.output + '.run')
+  recipe.check_groups(
+    scheme, model.block.without(config.ignore, 0), model.block_params(0)
+  )
+  tokens = _tokens(model)
+  # Now, so that no hours of work end in a word about these flags.
+  windows = _windows(model) if FLAGS.evaluate else None
+  log = pathlib.Path(f'{pathlib.Path(FLAGS.output)}.run')
   _say(
     f'{FLAGS.model}: {model.num_blocks} blocks, {scheme.name} with '
     f'{", ".join(m["method"] for m in built.description["methods"])}, '
@@ -149,18 +154,38 @@ def main(argv: Sequence[str]) -> None:
     ),
     results.Metric(name='peak memory', value=_peak_gigabytes(), unit='GB'),
   )
-  if FLAGS.evaluate:
-    _evaluate(log, cost if ran else (), mesh)
-  _say(f'saved {FLAGS.output}; log and results in {log}')
+  if ran:
+    _say(f'saved {FLAGS.output}')
+  if windows is not None:
+    _evaluate(windows, log, cost if ran else (), mesh)
+  _say(f'log and results are in {log}')
 
 
 def _tokens(model: models.OpenModel) -> np.ndarray:
+  """The calibration tokens (sequences, sequence_length)."""
+  longest = model.config.max_position
+  if FLAGS.sequence_length > longest:
+    raise ValueError(
+      f'--sequence_length={FLAGS.sequence_length}; {FLAGS.model} takes '
+      f'sequences of at most {longest} tokens. Give --sequence_length='
+      f'{longest} or less.'
+    )
   data = pipeline.DataConfig(
     source=FLAGS.data,
     num_sequences=FLAGS.sequences,
     sequence_length=FLAGS.sequence_length,
   )
   return pipeline.calibration_tokens(data, model.tokenizer())
+
+
+def _windows(model: models.OpenModel) -> pipeline.EvaluationWindows:
+  """What the models are measured on."""
+  return evaluation.load_windows(
+    model,
+    source=FLAGS.eval_data,
+    window=FLAGS.eval_window,
+    tokens=FLAGS.eval_tokens,
+  )
 
 
 class _Progress:
@@ -175,6 +200,7 @@ class _Progress:
     """Called when the output directory is ours: the first thing we write."""
     self._log.mkdir(parents=True, exist_ok=True)
     cli.write_flagfile(self._log / 'resolved.flags')
+    self._keep(done)
     if done:
       _say(f'resuming: {done} of {self._num_blocks} blocks are done')
     self._bar = tqdm.tqdm(
@@ -197,6 +223,16 @@ class _Progress:
       )
       self._bar.update()
 
+  def _keep(self, done: int) -> None:
+    """Drops what an earlier run, or the last moments of this one, left."""
+    (self._log / 'results.json').unlink(missing_ok=True)
+    path = self._log / 'blocks.jsonl'
+    if path.exists():
+      lines = path.read_text('utf-8').splitlines(keepends=True)
+      whole = [line for line in lines if line.endswith('\n')]
+      kept = [line for line in whole if json.loads(line)['index'] < done]
+      results.write_text(path, ''.join(kept))
+
   def close(self) -> None:
     """Ends the bar."""
     if self._bar is not None:
@@ -204,17 +240,14 @@ class _Progress:
 
 
 def _evaluate(
-  log: pathlib.Path, cost: tuple[results.Metric, ...], mesh: Mesh | None
+  windows: pipeline.EvaluationWindows,
+  log: pathlib.Path,
+  cost: tuple[results.Metric, ...],
+  mesh: Mesh | None,
 ) -> None:
   """Prints the before/after table and writes the results."""
   reference = models.load(FLAGS.model, mesh=mesh)
   quantized = models.load(FLAGS.output, mesh=mesh)
-  windows = evaluation.load_windows(
-    reference,
-    source=FLAGS.eval_data,
-    window=FLAGS.eval_window,
-    tokens=FLAGS.eval_tokens,
-  )
   rows = list(
     evaluation.compare(reference, quantized, windows, mesh=mesh).rows()
   )

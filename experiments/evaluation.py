@@ -109,7 +109,7 @@ class Comparison:
 
 
 def load_windows(
-  model: models.Model,
+  model: models.Model | models.OpenModel,
   *,
   source: str,
   window: int,
@@ -142,7 +142,10 @@ def load_windows(
     bos=bos,
     bos_token_id=model.config.bos_token_id,
   )
-  return pipeline.evaluation_windows(config, model.tokenizer)
+  loaded = isinstance(model, models.Model)
+  return pipeline.evaluation_windows(
+    config, model.tokenizer if loaded else model.tokenizer()
+  )
 
 
 def compare(
@@ -234,7 +237,7 @@ def _metric(
   )
 
 
-def _check_window(model: models.Model, window: int) -> None:
+def _check_window(model: models.Model | models.OpenModel, window: int) -> None:
   longest = model.config.max_position
   if not 2 <= window <= longest:
     raise ValueError(

@@ -8,11 +8,13 @@ input quantizers, so `--scheme=W8A8` alone is a complete recipe.
 """
 
 import dataclasses
+import math
 import types
 import typing
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from jaxq.nn import blocks
 from jaxq.numerics import ranges
 from jaxq.quant import (
   activations,
@@ -101,6 +103,44 @@ def build(
   return Recipe(
     transform_lib.chain(*chain),
     {'scheme': scheme.name, 'methods': described},
+  )
+
+
+def check_groups(
+  scheme: schemes.Scheme, block: blocks.BlockSpec, params: Any
+) -> None:
+  """Refuses groups that do not fit the linears of a block.
+
+  Args:
+    scheme: what weights become.
+    block: its linears, those left float taken out.
+    params: of the block.
+
+  Raises:
+    ValueError: K of a linear is no multiple of the scheme's group size; the
+      message names the linear and the sizes that fit all.
+  """
+  weights = scheme.weights
+  if weights is None or weights.granularity != 'group':
+    return
+  G = weights.group_size
+  rows = {
+    linear.path: blocks.kernel_of(params, linear.path).shape[-2]
+    for linear in block.linears
+  }
+  path = next((path for path, K in rows.items() if K % G), None)
+  if path is None:
+    return
+  name = path.rsplit('/', 1)[-1]
+  common = math.gcd(*rows.values())
+  sizes = [f'--group_size={g}' for g in (128, 64, 32, 16) if common % g == 0]
+  fixes = [*sizes[:1], '--group_size=-1 (one scale per channel)']
+  if not weights.dtype.startswith('int'):
+    fixes = ['another --scheme']  # The format fixes the size.
+  raise ValueError(
+    f'--scheme={scheme.name} with groups of {G}: {name} has K={rows[path]} '
+    f'inputs; K must be a multiple of {G}. Give {" or ".join(fixes)}, or leave '
+    f'it float with --ignore={name}.'
   )
 
 

@@ -83,9 +83,10 @@ class OpenModel:
       ValueError: the model is quantized already.
     """
     if self.quantization is not None:
+      scheme = self.quantization.get('scheme', 'a jaxq directory')
       raise ValueError(
-        f'{self.name} is quantized already ({self.quantization}); '
-        'calibration starts from a float model. Give the original source.'
+        f'{self.name} is quantized already ({scheme}); calibration starts '
+        'from a float model. Give the original source.'
       )
     return self.source.block(i)
 

@@ -19,6 +19,7 @@ interrupted run ends with the same bits.
 
 import dataclasses
 import functools
+import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
@@ -93,6 +94,15 @@ class CalibrationConfig:
         f'CalibrationConfig: inputs={self.inputs!r}; allowed '
         "['float', 'quantized']."
       )
+    for pattern in self.ignore:
+      if pattern.startswith('re:'):
+        try:
+          re.compile(pattern[3:])
+        except re.error as e:
+          raise ValueError(
+            f'--ignore={pattern}: {e}; what follows re: must be a regular '
+            "expression, as in 're:mlp.*'."
+          ) from e
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -327,7 +337,7 @@ class Calibrator:
         break
       params, quant = apply(*arguments)
       variables = self._place({'params': params, 'quant': quant})
-      _check_finite(params, f'blocks.{i}', stage.name)
+      _check_finite(params, f'blocks.{i}', stage.failure)
       if _is_float(variables):
         float_variables = variables
     return float_variables, variables
@@ -459,7 +469,16 @@ def _quantizes(stage, spec, params, quant, stats) -> bool:
   return not _is_float({'params': params, 'quant': quant})
 
 
-def _check_finite(params: Params, where: str, method: str = '') -> None:
+def _damaged(name: str) -> str:
+  return (
+    f'{name}: NaN or Inf in the checkpoint; the file is damaged or was saved '
+    'from a diverged run. Get it again.'
+  )
+
+
+def _check_finite(
+  params: Params, where: str, message: Callable[[str], str] = _damaged
+) -> None:
   """Raises ValueError naming the first parameter with NaN or Inf."""
   for path, leaf in taps.leaves(params):
     for array in jax.tree.leaves(leaf):
@@ -467,14 +486,4 @@ def _check_finite(params: Params, where: str, method: str = '') -> None:
         continue
       xp = np if isinstance(array, np.ndarray) else jnp
       if not bool(xp.all(xp.isfinite(array))):
-        name = f'{where}.{path}'.replace('/', '.')
-        raise ValueError(
-          f'{name}: NaN or Inf'
-          + (
-            f' after {method}; its statistics are degenerate: calibrate on '
-            'more tokens or raise the damping.'
-            if method
-            else ' in the checkpoint; the file is damaged or was saved from a '
-            'diverged run. Get it again.'
-          )
-        )
+        raise ValueError(message(f'{where}.{path}'.replace('/', '.')))

@@ -77,6 +77,8 @@ def calibrate(
     names = [stage.name for stage in transform_lib.stages(transform)]
     settings = {'methods': [{'method': name} for name in names]}
   calibrator = driver.Calibrator(model, transform, config, mesh)
+  if not checkpoint.is_checkpoint(output):
+    calibrator.check(tokens)  # A run that cannot end leaves nothing behind.
   marks = fingerprint(model, tokens, config, mesh, settings)
   with checkpoint.Writer(output, marks) as writer:
     if writer.complete:
@@ -103,23 +105,22 @@ def fingerprint(
 ) -> dict[str, str]:
   """What the output's bytes depend on, as a flat dict of strings."""
   device = jax.devices()[0]
+  sequences, length = tokens.shape
+  chosen = {
+    **settings,
+    'batch_size': config.batch_size,
+    'inputs': config.inputs,
+    'ignore': config.ignore,
+    'mesh': None if mesh is None else dict(mesh.shape),
+  }
   return {
     'code': code_hash(),
-    'data': hashlib.sha256(
-      str(tokens.shape).encode() + tokens.tobytes()
-    ).hexdigest(),
+    'data': f'{sequences} x {length} tokens, '
+    + hashlib.sha256(tokens.tobytes()).hexdigest(),
     'device': f'{device.platform} {device.device_kind}',
-    'flags': json.dumps(
-      {
-        **settings,
-        'batch_size': config.batch_size,
-        'inputs': config.inputs,
-        'ignore': config.ignore,
-        'mesh': None if mesh is None else dict(mesh.shape),
-      }
-    ),
     'jax': jax.__version__,
     'source': model.fingerprint(),
+    **{f'flags.{name}': json.dumps(value) for name, value in chosen.items()},
   }
 
 

@@ -230,7 +230,8 @@ class Writer:
     if strangers:
       raise ValueError(
         f'{self.directory} holds {strangers[:3]} and was not written by jaxq; '
-        f'the output must be a new or an empty directory. {_START_OVER}'
+        'the output must be a new or an empty directory. Choose another '
+        '--output.'
       )
 
   def _check_writable(self) -> None:

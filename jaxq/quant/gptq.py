@@ -274,7 +274,12 @@ def _stage(config: GptqConfig, index: int | None) -> transform.Transform:
     return params, quant
 
   name = 'gptq' if index is None else f'gptq[{index}]'
-  return transform.Transform(name=name, apply=apply, observe=observe)
+  return transform.Transform(
+    name=name,
+    apply=apply,
+    observe=observe,
+    failure=functools.partial(failure, config=config),
+  )
 
 
 def _round_rows(w, fb, params, find, config):

@@ -35,10 +35,19 @@ def _unchanged(params: Params) -> Params:
   return params
 
 
+def _failure(name: str) -> str:
+  return (
+    f'{name}: NaN or Inf after quantization; its weights or statistics are '
+    'degenerate. Look for NaN, Inf or all-zero channels in the model.'
+  )
+
+
 class Transform(NamedTuple):
   """A quantization method (module docstring).
 
   name: for reports and error messages.
+  failure: the error message for a linear (its name) whose result has NaN or
+    Inf: apply runs inside jit and cannot raise.
   rest: the transforms that follow it (chain); () for a single method.
   """
 
@@ -48,6 +57,7 @@ class Transform(NamedTuple):
   ]
   observe: Callable[[blocks.BlockSpec], Requests] = _nothing
   outside: Callable[[Params], Params] = _unchanged
+  failure: Callable[[str], str] = _failure
   rest: tuple['Transform', ...] = ()
 
 
