@@ -16,8 +16,10 @@ import functools
 import json
 import os
 import re
+import signal
 import sys
 import textwrap
+import threading
 import traceback
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
@@ -69,7 +71,15 @@ def run(main: Callable[[Sequence[str]], int | None]) -> None:
     SystemExit: always. 0: done; 1: one line on stderr says what was wrong, or
       that the run was interrupted.
   """
-  app.run(functools.partial(_call, main), flags_parser=_parse)
+  sys.unraisablehook = _unraisable
+  try:
+    app.run(functools.partial(_call, main), flags_parser=_parse)
+  except (_Interrupted, KeyboardInterrupt):
+    # Everything is unwound. Interpreters that go down regularly while XLA is
+    # compiling in a thread may crash, and then the exit code is another one.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(1)
 
 
 def resolved_flags(modules: Sequence[str] | None = None) -> dict[str, Any]:
@@ -126,6 +136,24 @@ def help_text() -> str:
   return '\n\n'.join(part for part in parts if part) + '\n'
 
 
+class _Interrupted(SystemExit):
+  """Exit code 1 after Ctrl-C."""
+
+
+def _unraisable(lost: Any) -> None:
+  """Sends a Ctrl-C again that Python had to ignore.
+
+  It does where the signal arrives in a callback of the garbage collector, of
+  which JAX has one.
+  """
+  if not isinstance(lost.exc_value, KeyboardInterrupt):
+    sys.__unraisablehook__(lost)
+    return
+  again = threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGINT))
+  again.daemon = True
+  again.start()
+
+
 def _parse(argv: Sequence[str]) -> list[str]:
   """Parses flags for `app.run`; a mistake is one line and exit code 1."""
   for arg in argv[1:]:
@@ -165,7 +193,9 @@ def _call(
     sys.exit(1)
   except KeyboardInterrupt:
     _fail(
-      'stopped by Ctrl-C; run the same command again to resume.', 'interrupted'
+      'stopped by Ctrl-C; run the same command again to resume.',
+      'interrupted',
+      _Interrupted,
     )
   except (jax.errors.JAXTypeError, jax.errors.JAXIndexError):
     raise  # Misuse of JAX is a bug of ours, although it is a TypeError.
@@ -181,7 +211,9 @@ def _call(
     _fail(str(e) or type(e).__name__)
 
 
-def _fail(message: str, label: str = 'error') -> NoReturn:
+def _fail(
+  message: str, label: str = 'error', how: type[SystemExit] = SystemExit
+) -> NoReturn:
   """Prints one line (after the traceback, if asked for) and exits with 1."""
   if FLAGS.is_parsed() and FLAGS.traceback:
     traceback.print_exc()
@@ -189,7 +221,7 @@ def _fail(message: str, label: str = 'error') -> NoReturn:
   where = f'process {process}: ' if process else ''
   sys.stdout.flush()
   print(f'{label}: {where}{" ".join(message.split())}', file=sys.stderr)
-  sys.exit(1)
+  raise how(1)
 
 
 def _process_index() -> int:

@@ -142,10 +142,9 @@ def load_windows(
     bos=bos,
     bos_token_id=model.config.bos_token_id,
   )
-  loaded = isinstance(model, models.Model)
-  return pipeline.evaluation_windows(
-    config, model.tokenizer if loaded else model.tokenizer()
-  )
+  if isinstance(model, models.Model):
+    return pipeline.evaluation_windows(config, model.tokenizer)
+  return pipeline.evaluation_windows(config, model.tokenizer())
 
 
 def compare(

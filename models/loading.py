@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import tokenizers
 from jax.sharding import Mesh
 
@@ -21,6 +22,7 @@ from jaxq.parallel import mesh as mesh_lib
 from models import decoder
 
 Params = Mapping[str, Any]
+DTYPES = ('bfloat16', 'float32')
 
 
 @dataclasses.dataclass
@@ -147,8 +149,13 @@ def load(
     mesh: where to put it; None is the default device.
 
   Raises:
-    As open_model.
+    As open_model; ValueError: a dtype that is not floating.
   """
+  if dtype not in DTYPES:
+    raise ValueError(
+      f'models.load: dtype={dtype!r}; allowed are {sorted(DTYPES)}. Quantized '
+      'kernels keep their own.'
+    )
   opened = open_model(source)
   outside = opened.outside()
   parts = []
@@ -179,7 +186,8 @@ def cast(params: Params, dtype: str) -> Params:
   """Casts the plain float arrays of a parameter tree; QArrays are left."""
   out: dict[str, Any] = {}
   for path, leaf in taps.leaves(params):
-    if isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jnp.floating):
-      leaf = leaf.astype(dtype)
+    if isinstance(leaf, jax.Array | np.ndarray):
+      floating = jnp.issubdtype(leaf.dtype, jnp.floating)
+      leaf = jnp.asarray(leaf, dtype if floating else leaf.dtype)
     out = taps.set_path(out, path, leaf)
   return out

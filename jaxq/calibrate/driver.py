@@ -18,7 +18,6 @@ interrupted run ends with the same bits.
 """
 
 import dataclasses
-import functools
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -27,9 +26,10 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh
 
 from jaxq.calibrate import observers
+from jaxq.calibrate import steps as steps_lib
 from jaxq.nn import blocks, taps
 from jaxq.numerics import qarray
 from jaxq.parallel import mesh as mesh_lib
@@ -135,9 +135,10 @@ class BlockReport:
 
 
 class Calibrator:
-  """Runs a transform over a model; holds the compiled functions.
+  """Runs a transform over a model.
 
   Attributes:
+    steps: the compiled functions.
     compilations: name -> how many times that function was compiled.
   """
 
@@ -149,46 +150,19 @@ class Calibrator:
     mesh: Mesh | None = None,
   ):
     self._model = model
-    self._stages = transform_lib.stages(transform)
     self._config = config
     self._mesh = mesh
-    whole = None if mesh is None else mesh_lib.replicated(mesh)
-    batch = None if mesh is None else mesh_lib.batch_sharding(mesh)
-    self._whole = whole
-    self._batch = batch
-    self._rules = () if mesh is None else model.rules(mesh)
-    # A partial is a function of its own, with a cache of its own.
-    make: Any = lambda f, **how: jax.jit(functools.partial(f), **how)
-    self._embed = make(model.embed, out_shardings=batch)
-    forward = {'static_argnames': 'block', 'out_shardings': (batch, whole)}
-    self._forward = make(_forward, **forward)
-    self._forward_float = make(_forward, **forward)
-    self._sqnr = make(_sqnr)
-    self._observe = [
-      make(
-        _observe,
-        static_argnames='block',
-        donate_argnames='states',
-        out_shardings=whole,
-      )
-      for _ in self._stages
-    ]
-    self._apply = [
-      make(stage.apply, static_argnums=0) for stage in self._stages
-    ]
+    self.steps = steps_lib.Steps(
+      transform_lib.stages(transform),
+      model.embed,
+      () if mesh is None else model.rules(mesh),
+      mesh,
+    )
 
   @property
   def compilations(self) -> dict[str, int]:
     """How many times each function was compiled."""
-    named: dict[str, Any] = {
-      'embed': self._embed,
-      'forward': self._forward,
-      'forward_float': self._forward_float,
-    }
-    for i, stage in enumerate(self._stages):
-      named[f'observe_{stage.name}'] = self._observe[i]
-      named[f'apply_{stage.name}'] = self._apply[i]
-    return {name: f._cache_size() for name, f in named.items()}
+    return self.steps.compilations
 
   def run(
     self,
@@ -210,42 +184,15 @@ class Calibrator:
     self._check_run(tokens)
     outside = self._model.outside()
     _check_finite(outside, 'outside the blocks')
-    outside = self._place(outside)
-    for stage in self._stages:
+    outside = self.steps.place(outside)
+    for stage in self.steps.stages:
       outside = jax.jit(stage.outside)(outside)
     if not store.has_outside():
       store.save_outside(jax.device_get(outside))
     xs = self._embed_all(outside, tokens)
     del outside
     for i in range(self._model.num_blocks):
-      start = time.perf_counter()
-      spec = self._model.block.without(self._config.ignore, i)
-      done = store.has_block(i)
-      feed = before = None
-      if done:
-        variables = self._place(store.load_block(i))
-        if self._config.inputs == 'float':
-          feed, _ = self._quantize(i, spec, xs, until_float=True)
-      else:
-        before, variables = self._quantize(i, spec, xs)
-        store.save_block(i, jax.device_get(variables))
-        variables = self._place(variables)
-        feed = before
-      if self._config.inputs == 'quantized':
-        feed = variables
-      first, xs = xs[0], self._advance(i, spec, feed, xs)
-      if not done:
-        other: Any = before if feed is variables else variables
-        y, _ = self._forward_of(other)(spec, other, first)
-        pair = (y, xs[0]) if feed is variables else (xs[0], y)
-        on_block(
-          BlockReport(
-            index=i,
-            output_sqnr_db=float(self._sqnr(*pair)),
-            seconds=time.perf_counter() - start,
-            linears=self._linear_reports(i, spec, before, variables),
-          )
-        )
+      xs = self._block(i, xs, store, on_block)
 
   def check(self, tokens: np.ndarray) -> None:
     """Refuses at once what `run` would only find on its way.
@@ -265,16 +212,42 @@ class Calibrator:
     _check_finite(params, 'blocks.0')
     spec = self._model.block.without(self._config.ignore, 0)
     batch = (self._config.batch_size, tokens.shape[1])
-    params, quant = jax.eval_shape(lambda tree: tree, (params, {}))
-    for stage, apply in zip(self._stages, self._apply, strict=True):
-      stats = {}
-      for path, named in stage.observe(spec).items():
-        shape = (*batch, _tap_width(spec, path, {'params': params}))
-        stats[path] = {
-          name: jax.eval_shape(functools.partial(request, shape))
-          for name, request in named.items()
-        }
-      params, quant = apply.eval_shape(spec, params, quant, stats)
+    self.steps.trace(spec, params, batch)
+
+  def _block(self, i, xs, store, on_block) -> list[jax.Array]:
+    """Quantizes block i, or loads it, and returns its output.
+
+    A function of its own, so that nothing of a block outlives it.
+    """
+    start = time.perf_counter()
+    spec = self._model.block.without(self._config.ignore, i)
+    done = store.has_block(i)
+    feed = before = None
+    if done:
+      variables = self.steps.place(store.load_block(i))
+      if self._config.inputs == 'float':
+        feed, _ = self._quantize(i, spec, xs, until_float=True)
+    else:
+      before, variables = self._quantize(i, spec, xs)
+      store.save_block(i, jax.device_get(variables))
+      variables = self.steps.place(variables)
+      feed = before
+    if self._config.inputs == 'quantized':
+      feed = variables
+    first, xs = xs[0], self._advance(i, spec, feed, xs)
+    if not done:
+      other: Any = before if feed is variables else variables
+      y, _ = self._forward_of(other)(spec, other, first)
+      pair = (y, xs[0]) if feed is variables else (xs[0], y)
+      on_block(
+        BlockReport(
+          index=i,
+          output_sqnr_db=float(_sqnr(*pair)),
+          seconds=time.perf_counter() - start,
+          linears=self._linear_reports(i, spec, before, variables),
+        )
+      )
+    return xs
 
   def _check_run(self, tokens: np.ndarray) -> None:
     size, count = self._config.batch_size, len(tokens)
@@ -303,14 +276,10 @@ class Calibrator:
           "expression after 're:'."
         )
 
-  def _place(self, tree: Params, rules: Any = None) -> Any:
-    rules = self._rules if rules is None else rules
-    return mesh_lib.place(tree, rules, self._mesh)
-
   def _embed_all(self, outside: Params, tokens: np.ndarray) -> list[jax.Array]:
     size = self._config.batch_size
     return [
-      self._embed(outside, jax.device_put(tokens[i : i + size], self._batch))
+      self.steps.embed(outside, self.steps.place_batch(tokens[i : i + size]))
       for i in range(0, len(tokens), size)
     ]
 
@@ -324,21 +293,23 @@ class Calibrator:
     """The block's last all-float variables, and its final ones."""
     host = self._model.block_params(i)
     _check_finite(host, f'blocks.{i}')
-    float_variables = variables = self._place({'params': host, 'quant': {}})
+    float_variables = variables = self.steps.place(
+      {'params': host, 'quant': {}}
+    )
     del host
     for stage, observe, apply in zip(
-      self._stages, self._observe, self._apply, strict=True
+      self.steps.stages, self.steps.observe, self.steps.apply, strict=True
     ):
       requests = stage.observe(spec)
       stats = self._statistics(i, spec, requests, observe, variables, xs)
-      solve = self._place(variables, SOLVE_RULES)
+      solve = self.steps.place_to_solve(variables)
       arguments = (spec, solve['params'], solve['quant'], stats)
       if until_float and _quantizes(stage, *arguments):
         break
       params, quant = apply(*arguments)
-      variables = self._place({'params': params, 'quant': quant})
+      variables = self.steps.place({'params': params, 'quant': quant})
       _check_finite(params, f'blocks.{i}', stage.failure)
-      if _is_float(variables):
+      if steps_lib.is_float(variables):
         float_variables = variables
     return float_variables, variables
 
@@ -346,12 +317,9 @@ class Calibrator:
     """stats[tap][name] after all batches."""
     if not requests:
       return {}
-    states: dict[str, Any] = {}
-    for path, named in requests.items():
-      shape = (*xs[0].shape[:2], _tap_width(spec, path, variables))
-      made = {name: request(shape) for name, request in named.items()}
-      states = taps.set_path(states, path, made)
-    states = jax.device_put(states, self._whole)
+    states = self.steps.place_states(
+      steps_lib.initial_states(spec, requests, variables, xs[0].shape[:2])
+    )
     for x in xs:
       states = observe(spec, variables, x, states)
       if all(_is_full(state) for state in _states(states)):
@@ -370,7 +338,8 @@ class Calibrator:
 
   def _forward_of(self, variables: Params) -> Any:
     """The compiled forward function for float or for quantized blocks."""
-    return self._forward_float if _is_float(variables) else self._forward
+    float_ = steps_lib.is_float(variables)
+    return self.steps.forward_float if float_ else self.steps.forward
 
   def _advance(self, i, spec, variables, xs) -> list[jax.Array]:
     """The block's output on all batches."""
@@ -399,43 +368,19 @@ class Calibrator:
             name=blocks.name_of(i, linear.path),
             size=old.size,
             bits=float(qarray.bits_per_weight(new)),
-            sqnr_db=float(self._sqnr(old, qarray.dequantize(new))),
+            sqnr_db=float(_sqnr(old, qarray.dequantize(new))),
           )
         )
     return tuple(reports)
 
 
-# Methods solve columns independently, row by row: while they work, kernels are
-# sharded by column, whatever the layout in which the model runs.
-SOLVE_RULES: mesh_lib.Rules = ((r'kernel', PartitionSpec(None, 'model')),)
-
-
-def _observe(
-  block: blocks.BlockSpec, variables: Params, x: jax.Array, states: Params
-) -> Params:
-  """The observer states after one batch; the block's output is not made."""
-  return block.observe({**variables, 'taps': states}, x)[1]
-
-
-def _forward(
-  block: blocks.BlockSpec, variables: Params, x: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-  y = block.apply(variables, x)
-  return y, jnp.all(jnp.isfinite(y))
-
-
+@jax.jit
 def _sqnr(signal: jax.Array, approximation: jax.Array) -> jax.Array:
   """Signal-to-noise ratio in dB."""
   signal = signal.astype(jnp.float32)
   noise = jnp.sum((signal - approximation.astype(jnp.float32)) ** 2)
   power = jnp.sum(signal**2)
   return 10 * jnp.log10(power / jnp.maximum(noise, 1e-30))
-
-
-def _tap_width(spec: blocks.BlockSpec, tap: str, variables: Params) -> int:
-  """K of what passes a tap: the rows of a kernel that reads it."""
-  path = next(lin.path for lin in spec.linears if lin.tap == tap)
-  return blocks.kernel_of(variables['params'], path).shape[-2]
 
 
 def _states(tree: Params) -> list[Any]:
@@ -448,25 +393,12 @@ def _is_full(state: Any) -> bool:
   return isinstance(state, observers.Sample) and state.is_full
 
 
-def _is_float(variables: Params) -> bool:
-  """Whether nothing in a block is quantized yet."""
-  kernels = [leaf for _, leaf in taps.leaves(variables['params'])]
-  inputs = [
-    path
-    for path, _ in taps.leaves(variables['quant'])
-    if path.endswith('/input')
-  ]
-  return not inputs and not any(
-    isinstance(leaf, qarray.QArray) for leaf in kernels
-  )
-
-
 def _quantizes(stage, spec, params, quant, stats) -> bool:
   """Whether a stage's output is no longer float (nothing is run)."""
   params, quant = jax.eval_shape(
     lambda *args: stage.apply(spec, *args), params, quant, stats
   )
-  return not _is_float({'params': params, 'quant': quant})
+  return not steps_lib.is_float({'params': params, 'quant': quant})
 
 
 def _damaged(name: str) -> str:

@@ -35,6 +35,7 @@ class WeightSource(Protocol):
 
 
 MANIFEST = 'manifest.json'
+IN_PROGRESS = 'in_progress.json'  # Of a run that is not finished.
 
 
 def kind(source: str) -> str:
@@ -50,7 +51,7 @@ def kind(source: str) -> str:
     return 'packaged'
   path = pathlib.Path(source).expanduser()
   if path.is_dir():
-    if (path / MANIFEST).is_file():
+    if (path / MANIFEST).is_file() or (path / IN_PROGRESS).is_file():
       return 'jaxq'
     if (path / 'config.json').is_file():
       return 'hf'

@@ -34,7 +34,7 @@ from jax import lax
 
 from jaxq.calibrate import observers
 from jaxq.nn import blocks, taps
-from jaxq.numerics import qarray, ranges
+from jaxq.numerics import cholesky, qarray, ranges
 from jaxq.numerics import spec as spec_lib
 from jaxq.quant import preconditions, transform
 
@@ -159,7 +159,7 @@ def feedback(hessian: jax.Array, config: GptqConfig) -> Feedback:
   def attempt(state):
     tries, damping, _ = state
     damping = jnp.where(tries == 0, damping, damping * 10)
-    factor = jnp.linalg.cholesky(flipped + damping * mean * identity)
+    factor = cholesky.cholesky(flipped + damping * mean * identity)
     return tries + 1, damping, factor
 
   def unsolved(state):

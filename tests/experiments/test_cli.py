@@ -5,10 +5,13 @@ import errno
 import io
 import os
 import pathlib
+import queue
 import signal
 import subprocess
 import sys
 import tempfile
+import types
+from unittest import mock
 
 import jax
 from absl.testing import absltest, parameterized
@@ -187,6 +190,12 @@ class CallTest(parameterized.TestCase):
 
     with self.assertRaises(jax.errors.TracerBoolConversionError):
       cli._call(main, ['program'])
+
+  def test_a_ctrl_c_that_python_had_to_ignore_is_sent_again(self):
+    sent = queue.Queue()
+    with mock.patch.object(os, 'kill', lambda *args: sent.put(args)):
+      cli._unraisable(types.SimpleNamespace(exc_value=KeyboardInterrupt()))
+      self.assertEqual(sent.get(timeout=30), (os.getpid(), signal.SIGINT))
 
   def test_the_exit_code_of_main_is_passed_on(self):
     self.assertIsNone(cli._call(lambda argv: None, ['program']))

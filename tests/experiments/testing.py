@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import hashlib
 import io
 import os
 import pathlib
@@ -113,14 +112,3 @@ def finish(process: subprocess.Popen) -> Outcome:
   """Waits for a process."""
   out, err = process.communicate(timeout=120)
   return Outcome(code=process.returncode, out=out, err=err)
-
-
-def digest(folder: pathlib.Path) -> dict[str, str]:
-  """SHA-256 of every file under a folder, by its relative name."""
-  return {
-    path.relative_to(folder).as_posix(): hashlib.sha256(
-      path.read_bytes()
-    ).hexdigest()
-    for path in sorted(folder.rglob('*'))
-    if path.is_file()
-  }

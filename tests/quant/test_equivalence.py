@@ -26,9 +26,7 @@ class EquivalenceTest(parameterized.TestCase):
     self.assertTrue(
       np.any(
         np.asarray(jax.tree.leaves(producer)[0])
-        != np.asarray(
-          jax.tree.leaves(taps.get_path(moved, site.producer))[0]
-        )
+        != np.asarray(jax.tree.leaves(taps.get_path(moved, site.producer))[0])
       )
     )
 

@@ -1,0 +1,264 @@
+"""The jitted functions of a block step, and where their arguments lie.
+
+  embed          tokens -> x                             once per batch
+  observe_NAME   states -> states, for one stage         per batch
+  apply_NAME     params, quant, stats -> params, quant   per block
+  forward        x -> y, for quantized or float blocks   per batch
+
+On a mesh x is sharded over `data` and parameters by the model's rules; states
+are replicated. While a stage is applied kernels are sharded by column, since
+methods solve columns independently, row by row: no value crosses devices.
+
+`Steps.lower` lowers all of them from shapes alone, for devices that need not be
+there: a plan, and the test that they compile for a TPU.
+"""
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, PartitionSpec
+
+from jaxq.nn import blocks, taps
+from jaxq.numerics import qarray
+from jaxq.parallel import mesh as mesh_lib
+from jaxq.quant import transform as transform_lib
+
+Params = Mapping[str, Any]
+
+SOLVE_RULES: mesh_lib.Rules = ((r'kernel', PartitionSpec(None, 'model')),)
+
+
+class Steps:
+  """The functions of the module docstring, each with a cache of its own.
+
+  Attributes:
+    stages: single methods, in order.
+    mesh, rules: where parameters lie; None and () are one device.
+    embed: (outside, tokens (B, T)) -> x (B, T, C).
+    observe: one per stage, (block, variables, x, states) -> states; donates
+      the states. The block's output is not made.
+    apply: one per stage, (block, params, quant, stats) -> (params, quant).
+    forward, forward_float: (block, variables, x) -> (y, all finite ()).
+  """
+
+  def __init__(
+    self,
+    stages: Sequence[transform_lib.Transform],
+    embed: Callable[[Params, jax.Array], jax.Array],
+    rules: mesh_lib.Rules = (),
+    mesh: Mesh | None = None,
+  ):
+    self.stages = tuple(stages)
+    self.mesh = mesh
+    self.rules = rules
+    whole = None if mesh is None else mesh_lib.replicated(mesh)
+    batch = None if mesh is None else mesh_lib.batch_sharding(mesh)
+    self._batch = batch
+    # A partial is a function of its own, with a cache of its own.
+    make: Any = lambda f, *args, **how: jax.jit(
+      functools.partial(f, *args), **how
+    )
+    forward = {'static_argnames': 'block', 'out_shardings': (batch, whole)}
+    self.embed = make(embed, out_shardings=batch)
+    self.forward = make(_forward, **forward)
+    self.forward_float = make(_forward, **forward)
+    self.observe = [
+      make(
+        _observe,
+        static_argnames='block',
+        donate_argnames='states',
+        out_shardings=whole,
+      )
+      for _ in stages
+    ]
+    self.apply = [
+      make(_apply, stage.apply, mesh, static_argnums=0) for stage in stages
+    ]
+
+  @property
+  def compilations(self) -> dict[str, int]:
+    """How many times each function was compiled."""
+    named: dict[str, Any] = {
+      'embed': self.embed,
+      'forward': self.forward,
+      'forward_float': self.forward_float,
+    }
+    for i, stage in enumerate(self.stages):
+      named[f'observe_{stage.name}'] = self.observe[i]
+      named[f'apply_{stage.name}'] = self.apply[i]
+    return {name: f._cache_size() for name, f in named.items()}
+
+  def place(self, variables: Params) -> Any:
+    """Puts parameters where the model runs with them."""
+    return mesh_lib.place(variables, self.rules, self.mesh)
+
+  def place_to_solve(self, variables: Params) -> Any:
+    """Puts parameters where a stage is applied to them."""
+    return mesh_lib.place(variables, SOLVE_RULES, self.mesh)
+
+  def place_states(self, states: Params) -> Any:
+    """Puts observer states, the same on all devices."""
+    return mesh_lib.place(states, (), self.mesh)
+
+  def place_batch(self, tokens: Any) -> jax.Array:
+    """Puts one batch, sharded over `data`."""
+    return jax.device_put(tokens, self._batch)
+
+  def trace(
+    self, block: blocks.BlockSpec, params: Params, batch: tuple[int, int]
+  ) -> None:
+    """Traces every stage on shapes: raises what a method says of them.
+
+    Args:
+      block: its spec.
+      params: its float parameters; only their shapes are used.
+      batch: (B, T) of one batch.
+    """
+    variables: Any = {'params': params, 'quant': {}}
+    for stage, apply in zip(self.stages, self.apply, strict=True):
+      states = _state_shapes(stage, block, variables, batch)
+      stats = {
+        path: taps.get_path(states, path) for path in stage.observe(block)
+      }
+      made = apply.eval_shape(block, *variables.values(), stats)
+      variables = {'params': made[0], 'quant': made[1]}
+
+  def lower(
+    self,
+    block: blocks.BlockSpec,
+    params: Params,
+    shape: tuple[int, int, int],
+    dtype: Any = jnp.float32,
+  ) -> dict[str, jax.stages.Lowered]:
+    """Lowers the functions of a block step; nothing is computed.
+
+    Args:
+      block: its spec.
+      params: its float parameters; only their shapes are used.
+      shape: (B, T, C) of the activations of one batch.
+      dtype: of the activations.
+
+    Returns:
+      name -> what `.compile()` turns into a program for the mesh's devices, in
+      the order in which they run.
+    """
+    x = jax.ShapeDtypeStruct(shape, dtype, sharding=self._batch)
+    variables: Any = {'params': params, 'quant': {}}
+    placed = self._abstract(variables, self.rules)
+    lowered = {'forward_float': self.forward_float.lower(block, placed, x)}
+    for i, stage in enumerate(self.stages):
+      states = _state_shapes(stage, block, variables, shape[:2])
+      states = self._abstract(states, ())
+      if states:
+        placed = self._abstract(variables, self.rules)
+        lowered[f'observe_{stage.name}'] = self.observe[i].lower(
+          block, placed, x, states
+        )
+      stats = {
+        path: taps.get_path(states, path) for path in stage.observe(block)
+      }
+      solve = self._abstract(variables, SOLVE_RULES)
+      arguments = (block, solve['params'], solve['quant'], stats)
+      lowered[f'apply_{stage.name}'] = self.apply[i].lower(*arguments)
+      made = self.apply[i].eval_shape(*arguments)
+      variables = {'params': made[0], 'quant': made[1]}
+    if not is_float(variables):
+      placed = self._abstract(variables, self.rules)
+      lowered['forward'] = self.forward.lower(block, placed, x)
+    return lowered
+
+  def _abstract(self, tree: Params, rules: mesh_lib.Rules) -> Any:
+    """Shapes of a tree, laid out by rules."""
+    if self.mesh is None:
+      return jax.tree.map(
+        lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), tree
+      )
+    return jax.tree.map(
+      lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s),
+      tree,
+      mesh_lib.shardings(tree, rules, self.mesh),
+    )
+
+
+def initial_states(
+  block: blocks.BlockSpec,
+  requests: transform_lib.Requests,
+  variables: Params,
+  batch: tuple[int, int],
+) -> dict[str, Any]:
+  """The `taps` collection before the first batch.
+
+  Args:
+    block: its spec.
+    requests: what a stage's `observe` returned.
+    variables: of the block; give the taps their widths.
+    batch: (B, T).
+  """
+  states: dict[str, Any] = {}
+  for path, named in requests.items():
+    shape = (*batch, _tap_width(block, path, variables))
+    made = {name: request(shape) for name, request in named.items()}
+    states = taps.set_path(states, path, made)
+  return states
+
+
+def is_float(variables: Params) -> bool:
+  """Whether nothing in a block is quantized yet."""
+  kernels = [leaf for _, leaf in taps.leaves(variables['params'])]
+  inputs = [
+    path
+    for path, _ in taps.leaves(variables['quant'])
+    if path.endswith('/input')
+  ]
+  return not inputs and not any(
+    isinstance(leaf, qarray.QArray) for leaf in kernels
+  )
+
+
+def _state_shapes(
+  stage: transform_lib.Transform,
+  block: blocks.BlockSpec,
+  variables: Params,
+  batch: tuple[int, int],
+) -> Any:
+  """Shapes of the `taps` collection of a stage, for batches (B, T)."""
+  start = functools.partial(
+    initial_states, block, stage.observe(block), variables, batch
+  )
+  return jax.eval_shape(start)
+
+
+def _observe(
+  block: blocks.BlockSpec, variables: Params, x: jax.Array, states: Params
+) -> Params:
+  return block.observe({**variables, 'taps': states}, x)[1]
+
+
+def _apply(
+  apply: Any,
+  mesh: Mesh | None,
+  block: blocks.BlockSpec,
+  params: Params,
+  quant: Params,
+  stats: transform_lib.Stats,
+) -> tuple[Params, Params]:
+  """A stage's apply, whose results lie as its arguments do."""
+  params, quant = apply(block, params, quant, stats)
+  params = mesh_lib.constrain(params, SOLVE_RULES, mesh)
+  return params, mesh_lib.constrain(quant, SOLVE_RULES, mesh)
+
+
+def _forward(
+  block: blocks.BlockSpec, variables: Params, x: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+  y = block.apply(variables, x)
+  return y, jnp.all(jnp.isfinite(y))
+
+
+def _tap_width(block: blocks.BlockSpec, tap: str, variables: Params) -> int:
+  """K of what passes a tap: the rows of a kernel that reads it."""
+  path = next(lin.path for lin in block.linears if lin.tap == tap)
+  return blocks.kernel_of(variables['params'], path).shape[-2]

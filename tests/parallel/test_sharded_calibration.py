@@ -1,0 +1,118 @@
+"""A calibration on eight simulated devices equals one on a single device."""
+
+import json
+import os
+import subprocess
+import sys
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from absl.testing import absltest, parameterized
+
+from jaxq.numerics import qarray
+from jaxq.quant import gptq
+from tests.parallel import sharded_calibration
+
+pytestmark = pytest.mark.slow
+
+COLUMNS, ROWS, WHOLE = (
+  "(None, 'model')",
+  "('model', None)",
+  '(None, None)',
+)
+
+
+def run(heads, *methods):
+  """Rows of sharded_calibration, from a process with eight devices."""
+  flags = '--xla_force_host_platform_device_count=8'
+  done = subprocess.run(
+    [sys.executable, '-m', sharded_calibration.__name__, heads, *methods],
+    env=os.environ | {'XLA_FLAGS': flags, 'JAX_PLATFORMS': 'cpu'},
+    stdout=subprocess.PIPE,
+    text=True,
+    check=True,
+  )
+  return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+class ShardedCalibrationTest(parameterized.TestCase):
+  @parameterized.parameters(
+    ('8/4', 'gptq', 'w8a8', 'rotate', 'awq'), ('9/3', 'gptq', 'w8a8')
+  )
+  def test_equals_one_device(self, heads, *methods):
+    for row in run(heads, *methods):
+      with self.subTest(row['method']):
+        self.check_numbers(row)
+        self.check_shardings(row['shardings'], heads)
+        self.assertTrue(row['replicated'], 'statistics')
+
+  def check_numbers(self, row):
+    print(
+      f'{row["heads"]} heads, {row["method"]}: {row["different"]} of '
+      f'{row["codes"]} codes differ, in {row["columns"]} columns that start '
+      f'with a tie; scales within {row["scale_error"]:.0e}'
+    )
+    # Codes are equal but for ties: at most one code in ten thousand.
+    self.assertGreater(row['codes'], 0)
+    self.assertLessEqual(row['different'], 1e-4 * row['codes'])
+    self.assertEmpty(row['unexplained'])
+    self.assertLess(row['scale_error'], 1e-5)
+    self.assertLess(row['logit_error'], 1e-4)
+    one, many = row['perplexities']
+    self.assertLess(abs(many / one - 1), 1e-4)
+
+  def check_shardings(self, seen, heads):
+    attention = heads == '8/4'
+    for step in ('forward', 'observe'):
+      self.assertEqual(seen[f'{step} x'], ["('data', None, None)"])
+      for name, layout in (
+        ('attention/q_proj', COLUMNS if attention else WHOLE),
+        ('attention/v_proj', COLUMNS if attention else WHOLE),
+        ('attention/o_proj', ROWS if attention else WHOLE),
+        ('mlp/gate_proj', COLUMNS),
+        ('mlp/down_proj', ROWS),
+      ):
+        found = set(seen[f'{step} {name}/kernel'])
+        # A scale per channel has one row, which no axis can divide.
+        self.assertIn(layout, found)
+        self.assertLessEqual(found, {layout, WHOLE})
+      self.assertEqual(seen[f'{step} post_norm/scale'], ['(None,)'])
+    self.assertEqual(seen['forward y'], ["('data', None, None)"])
+    for name in ('attention/q_proj', 'attention/o_proj', 'mlp/down_proj'):
+      self.assertEqual(seen[f'apply {name}/kernel'], [COLUMNS])
+
+
+class TieTest(parameterized.TestCase):
+  """The explanation of a difference is itself tested."""
+
+  def test_distance_from_a_tie(self):
+    x = np.random.default_rng(0).normal(size=(64, 16))
+    hessian = jnp.asarray(x.T @ x, jnp.float32)
+    kernel = np.random.default_rng(1).normal(size=(16, 4)).astype(np.float32)
+    config = sharded_calibration.GPTQ_W4
+    q = gptq.quantize(jnp.asarray(kernel), hessian, config)
+    first = int(gptq.feedback(hessian, config).order[0])
+    # The first row is rounded from the kernel itself: put it on a boundary,
+    # within the group's range, and nudge it to either side.
+    scale = float(np.asarray(q.scale)[0, 2])
+    kernel[first, 2] = 1.5 * scale
+    far, order = sharded_calibration.distance_from_tie(
+      kernel, hessian, q, config
+    )
+    self.assertEqual(order[0], first)
+    self.assertLess(far[0, 2], 1e-6)
+    self.assertGreater(np.min(far[0, [0, 1, 3]]), 1e-3)
+    below, above = kernel.copy(), kernel.copy()
+    below[first, 2] -= 1e-5
+    above[first, 2] += 1e-5
+    a, b = (
+      np.asarray(qarray.codes(gptq.quantize(jnp.asarray(k), hessian, config)))
+      for k in (below, above)
+    )
+    self.assertEqual(abs(int(a[first, 2]) - int(b[first, 2])), 1)
+    np.testing.assert_array_equal(a[:, [0, 1, 3]], b[:, [0, 1, 3]])
+
+
+if __name__ == '__main__':
+  absltest.main()
