@@ -112,10 +112,10 @@ def page(stored: dict[str, dict]) -> str:
     'hold for these articles.\n\n'
     f'{table}\n'
     'Calibration: 64 sequences of 512 tokens of the calibration articles, 16 '
-    'for AWQ, whose\nstatistics settle early; RTN and rotation alone learn '
-    'nothing from data. Seconds and memory are '
-    'of the whole process before\nevaluation, on a machine that did other work '
-    'as well: compare quality, not seconds.\n\n'
+    'for AWQ,\nwhose statistics settle early; RTN and rotation alone learn '
+    'nothing from data.\nSeconds and memory are of the whole process before '
+    'evaluation, on a machine that\ndid other work as well: compare quality, '
+    'not seconds.\n\n'
     + ''.join(f'- {run}\n' for run in runs)
     + f'\n| row | flags |\n|---|---|\n{commands}\n'
   )

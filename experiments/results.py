@@ -22,6 +22,7 @@ from typing import Any
 import jax
 
 SCHEMA_VERSION = 1
+_UPRIGHT = 3  # Rows that stand side by side in 80 columns.
 _VERSION = 'schema_version'
 _NON_FINITE = {'nan': math.nan, 'inf': math.inf, '-inf': -math.inf}
 
@@ -189,13 +190,17 @@ def load(path: str | os.PathLike) -> Result:
   return Result(run=run, rows=tuple(rows))
 
 
-def to_markdown(rows: Sequence[Row]) -> str:
-  """The table of `rows`, and below it the conventions of its columns.
+def to_markdown(rows: Sequence[Row], *, upright: bool = False) -> str:
+  """The table of `rows`, and below it the conventions of its metrics.
 
   Columns are the metrics in the order they are first seen, padded, so that the
   text reads as well in a terminal. A cell is the value, and its confidence
   interval where it has one. Conventions that differ between rows are listed
   per row: such numbers cannot be compared.
+
+  Args:
+    rows: what was measured.
+    upright: a line per metric and a column per row, which fits a terminal.
   """
   columns: dict[str, str] = {}
   for row in rows:
@@ -206,6 +211,8 @@ def to_markdown(rows: Sequence[Row]) -> str:
   for row in rows:
     found = {metric.name: _cell(metric) for metric in row.metrics}
     cells.append([row.name, *(found.get(name, '') for name in columns)])
+  if upright:
+    cells = [list(column) for column in zip(*cells, strict=True)]
   widths = [max(3, *map(len, column)) for column in zip(*cells, strict=True)]
   rule = ['-' * widths[0], *('-' * (w - 1) + ':' for w in widths[1:])]
   cells.insert(1, rule)
@@ -215,9 +222,10 @@ def to_markdown(rows: Sequence[Row]) -> str:
 
 
 def print_table(rows: Sequence[Row], title: str = '') -> None:
-  """Prints `to_markdown(rows)`, on process 0 only."""
+  """Prints the table, on process 0 only; upright where rows are few."""
   if jax.process_index() == 0:
-    print((title + '\n\n' if title else '') + to_markdown(rows), flush=True)
+    table = to_markdown(rows, upright=len(rows) <= _UPRIGHT)
+    print((title + '\n\n' if title else '') + table, flush=True)
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:

@@ -53,6 +53,13 @@ def pytest_collection_modifyitems(items):
         item.add_marker(marker)
 
 
+@pytest.fixture(autouse=True, scope='module')
+def _compiled_programs():
+  """Drops a module's compiled programs; kept, they add up to gigabytes."""
+  yield
+  jax.clear_caches()
+
+
 @pytest.fixture(autouse=True)
 def _promotion(request):
   """Lifts the strict rules for tests marked `loose_promotion`."""
