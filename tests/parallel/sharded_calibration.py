@@ -6,9 +6,10 @@
 Prints one JSON line per method (see `compare`). A process of its own, since the
 number of devices is fixed when JAX starts.
 
-Both runs see the same inputs in every block: the mesh resumes block i from the
-blocks below it as one device made them. So what differs in block i comes of
-float rounding within that block, and not of a tie some blocks below.
+With inputs='float' every block sees the float blocks' outputs: what differs in
+block i comes of float rounding within that block, and not of a tie some blocks
+below. With inputs='quantized' a tie reaches all blocks above it, and a rounded
+activation is a tie of its own kind.
 """
 
 import collections
@@ -36,7 +37,6 @@ W8 = spec_lib.QuantSpec(dtype='int8', granularity='channel')
 A8 = spec_lib.QuantSpec(dtype='int8', granularity='token')
 # (H, Hkv): all of a block is sharded; attention is replicated.
 HEADS = {'8/4': (8, 4), '9/3': (9, 3)}
-CONFIG = driver.CalibrationConfig(batch_size=4)
 
 
 # In steps. Hessians agree to 1e-6; with damping 0.01 a factor of them amplifies
@@ -44,9 +44,10 @@ CONFIG = driver.CalibrationConfig(batch_size=4)
 TIE = 1e-4
 GPTQ_W4 = gptq.GptqConfig(weights=W4)
 GPTQ_W8 = gptq.GptqConfig(weights=W8)
-# name -> transform, and the config of the GPTQ in it.
+# name -> transform, the config of the GPTQ in it, what feeds the next block.
 METHODS = {
-  'gptq': (gptq.gptq(GPTQ_W4), GPTQ_W4),
+  'gptq': (gptq.gptq(GPTQ_W4), GPTQ_W4, 'float'),
+  'gptq_prefix': (gptq.gptq(GPTQ_W4), None, 'quantized'),
   'w8a8': (
     transform_lib.chain(
       smoothquant.smoothquant(smoothquant.SmoothQuantConfig()),
@@ -54,55 +55,36 @@ METHODS = {
       activations.activations(activations.ActivationsConfig(inputs=A8)),
     ),
     GPTQ_W8,
+    'float',
   ),
   'rotate': (
     transform_lib.chain(
       rotate.rotate(rotate.RotateConfig()), gptq.gptq(GPTQ_W4)
     ),
     GPTQ_W4,
+    'float',
   ),
-  'awq': (awq.awq(awq.AwqConfig(weights=W4, grid=5, clip_grid=5)), None),
+  'awq': (
+    awq.awq(awq.AwqConfig(weights=W4, grid=5, clip_grid=5)),
+    None,
+    'float',
+  ),
 }
 
 
 def model(heads):
-  """A random decoder of three blocks."""
+  """A random decoder of two blocks."""
   H, Hkv = HEADS[heads]
   config = decoder.DecoderConfig(
     vocab_size=testing.VOCAB,
     hidden_size=48,
     intermediate_size=128,
-    num_layers=3,
+    num_layers=2,
     num_heads=H,
     num_kv_heads=Hkv,
     head_dim=16,
   )
   return testing.small_model(config)
-
-
-def calibrate(opened, transform, mesh=None, below=None):
-  """The store of a run, and what `watch` saw of it.
-
-  Args:
-    opened: the model.
-    transform: the method.
-    mesh: of the run.
-    below: None, or the store to resume every block from: each block then sees
-      the inputs that its blocks give, whatever this run makes of the others.
-  """
-  calibrator = driver.Calibrator(opened, transform, CONFIG, mesh)
-  seen = watch(calibrator.steps)
-  store = testing.MemoryStore()
-  if below is None:
-    calibrator.run(testing.tokens(), store)
-    return store, seen
-  for i in range(opened.num_blocks):
-    given = testing.MemoryStore()
-    given.outside = below.outside
-    given.blocks = {j: block for j, block in below.blocks.items() if j != i}
-    calibrator.run(testing.tokens(), given)
-    store.outside, store.blocks[i] = given.outside, given.blocks[i]
-  return store, seen
 
 
 class Seen:
@@ -112,12 +94,14 @@ class Seen:
     shardings: 'step path' -> the PartitionSpecs seen there, as text.
     replicated: whether all statistics were.
     solved: (params, stats) of every stage applied, in order.
+    outputs: of the blocks, by float and by quantized ones, in order.
   """
 
   def __init__(self):
     self.shardings = collections.defaultdict(set)
     self.replicated = True
     self.solved = []
+    self.outputs = []
 
   def note(self, step, tree):
     """Records how the larger arrays of a nested dict lie."""
@@ -136,6 +120,7 @@ def watch(steps):
   def forward(run, block, variables, x):
     y, ok = run(block, variables, x)
     seen.note('forward', {'x': x, 'y': y, **variables['params']})
+    seen.outputs.append(np.asarray(y))
     return y, ok
 
   def observe(run, block, variables, x, states):
@@ -260,11 +245,16 @@ def compare(heads, method):
   """One row of results for the test: plain numbers and strings."""
   mesh = mesh_lib.make_mesh('data:2,model:4')
   opened = model(heads)
-  transform, config = METHODS[method]
-  one, solved = calibrate(opened, transform)
-  many, seen = calibrate(opened, transform, mesh, below=one)
-  free, _ = calibrate(opened, transform, mesh)
-  stages = len(solved.solved) // opened.num_blocks
+  transform, config, inputs = METHODS[method]
+  how = driver.CalibrationConfig(batch_size=4, inputs=inputs)
+  stores, runs = [], []
+  for where in (None, mesh):
+    calibrator = driver.Calibrator(opened, transform, how, where)
+    runs.append(watch(calibrator.steps))
+    stores.append(testing.MemoryStore())
+    calibrator.run(testing.tokens(), stores[-1])
+  (one, many), seen, solved = stores, runs[1], runs[0].solved
+  stages = len(solved) // opened.num_blocks
   num_codes = different = touched = 0
   unexplained = []
   for i in range(opened.num_blocks):
@@ -275,13 +265,13 @@ def compare(heads, method):
     if config is not None:
       stage = next(
         s
-        for s in solved.solved[i * stages : (i + 1) * stages]
+        for s in solved[i * stages : (i + 1) * stages]
         if any('hessian' in named for named in s[1].values())
       )
       found = ties(opened, one, many, i, stage, config)
       touched += found[0]
       unexplained += found[1]
-  a, b = logits(opened, one), logits(opened, free)
+  a, b = logits(opened, one), logits(opened, many)
   return {
     'heads': heads,
     'method': method,
@@ -290,6 +280,10 @@ def compare(heads, method):
     'columns': touched,
     'unexplained': unexplained,
     'scale_error': scale_error(one, many),
+    'output_error': max(
+      float(np.linalg.norm(x - y) / np.linalg.norm(x))
+      for x, y in zip(runs[0].outputs, seen.outputs, strict=True)
+    ),
     'logit_error': float(np.max(np.abs(a - b)) / np.max(np.abs(a))),
     'perplexities': [perplexity(a), perplexity(b)],
     'replicated': seen.replicated,
