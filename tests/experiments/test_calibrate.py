@@ -89,7 +89,7 @@ class RunTest(Case):
     done = self.call()
     self.assertEqual((done.code, done.errors), (0, []), done.err)
     self.assertIn('2 blocks, W4A16 with gptq, 4 x 16 tokens', done.err)
-    self.assertRegex(done.out, r'\| .*token perplexity.*\| calibration \(s\)')
+    self.assertRegex(done.out, r'(?s)\| token perplexity.*\| calibration \(s\)')
     loaded = models.load(str(self.out))
     self.assertEqual(loaded.quantization['scheme'], 'W4A16')
     self.assertEqual(loaded.quantization['methods'][0]['method'], 'gptq')

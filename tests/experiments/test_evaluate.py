@@ -158,7 +158,7 @@ class EvaluationTest(absltest.TestCase):
       f'--output={output}',
     )
     self.assertEqual(done.returncode, 0, done.stderr)
-    self.assertRegex(done.stdout, r'token perplexity +\|.*perplexity ratio')
+    self.assertRegex(done.stdout, r'(?s)token perplexity +\|.*perplexity ratio')
     self.assertRegex(done.stderr, 'window 7/7')
     saved = results.load(output)
     self.assertEqual(saved.run.flags['window'], 64)
