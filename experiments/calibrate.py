@@ -120,7 +120,7 @@ def main(argv: Sequence[str]) -> None:
     ignore=tuple(FLAGS.ignore),
   )
   recipe.check_groups(
-    scheme, model.block.without(config.ignore, 0), model.block_params(0)
+    scheme, model.block_at(0).without(config.ignore, 0), model.block_params(0)
   )
   tokens = _tokens(model)
   # Now, so that no hours of work end in a word about these flags.

@@ -70,8 +70,19 @@ class OpenModel:
     return self.config.num_layers
 
   @property
-  def block(self) -> blocks.BlockSpec:
-    """The spec of its repeated block."""
+  def bridges(self) -> tuple[int, ...]:
+    """None: the same stream goes through all blocks."""
+    return ()
+
+  def bridge(
+    self, i: int, outside: Params, carry: blocks.Carry
+  ) -> blocks.Carry:
+    """Not called."""
+    raise NotImplementedError(f'{self.name} has no bridge at block {i}.')
+
+  def block_at(self, i: int) -> blocks.BlockSpec:
+    """The spec of block i."""
+    del i  # All blocks are alike.
     return decoder.block_spec(self.config)
 
   def outside(self) -> Params:

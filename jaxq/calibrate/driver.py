@@ -1,16 +1,17 @@
 """The driver: calibrates and quantizes a model block by block.
 
-  x = embed(tokens)                                  activations, on the mesh
+  x = embed(batch)                                   activations, on the mesh
   for each block:
     for each stage of the transform:
       stats = observe(block, x)                      jitted, one batch a call
       params, quant = stage.apply(params, stats)     jitted
     save(params, quant); x = block(x)
 
-Every block has the same shapes, so each of these functions is compiled once
-however deep the model is. Only one block's parameters, its statistics and the
-activations are in memory. The next block is fed by the quantized block (its
-errors are then seen, and made up for, further down) or by the float one.
+Blocks of one kind have the same shapes, so each of these functions is compiled
+once per kind however deep the model is. Only one block's parameters, its
+statistics and the activations are in memory. The next block is fed by the
+quantized block (its errors are then seen, and made up for, further down) or by
+the float one.
 
 A run resumes at the first block that was not saved: the saved ones are only
 run forward, by the same compiled function on the same values, so an
@@ -18,6 +19,7 @@ interrupted run ends with the same bits.
 """
 
 import dataclasses
+import functools
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -39,19 +41,32 @@ Params = Mapping[str, Any]
 
 
 class CalibrationModel(Protocol):
-  """What the driver needs of a model (models.loading.OpenModel is one)."""
+  """What the driver needs of a model (models.loading.OpenModel is one).
+
+  block_at(i): the spec of block i; equal specs share compiled functions.
+  embed: one batch, a pytree of arrays with the batch first (a decoder's is
+    tokens (B, T)), to the first block's input.
+  bridges: the blocks in front of which the carry is turned into another by
+    `bridge`, as between an encoder and a decoder; mostly ().
+  """
 
   @property
   def num_blocks(self) -> int: ...
 
   @property
-  def block(self) -> blocks.BlockSpec: ...
+  def bridges(self) -> tuple[int, ...]: ...
+
+  def block_at(self, i: int) -> blocks.BlockSpec: ...
 
   def outside(self) -> Params: ...
 
   def block_params(self, i: int) -> Params: ...
 
-  def embed(self, outside: Params, tokens: jax.Array) -> jax.Array: ...
+  def embed(self, outside: Params, batch: Any) -> blocks.Carry: ...
+
+  def bridge(
+    self, i: int, outside: Params, carry: blocks.Carry
+  ) -> blocks.Carry: ...
 
   def rules(self, mesh: Mesh) -> mesh_lib.Rules: ...
 
@@ -155,6 +170,7 @@ class Calibrator:
     self.steps = steps_lib.Steps(
       transform_lib.stages(transform),
       model.embed,
+      model.bridge,
       () if mesh is None else model.rules(mesh),
       mesh,
     )
@@ -166,14 +182,15 @@ class Calibrator:
 
   def run(
     self,
-    tokens: np.ndarray,
+    data: Any,
     store: BlockStore,
     on_block: Callable[[BlockReport], None] = lambda report: None,
   ) -> None:
     """Quantizes all blocks into `store`.
 
     Args:
-      tokens: (sequences, T) int32.
+      data: what `embed` takes, with all samples on the first axis, on the
+        host; a decoder's is tokens (sequences, T) int32.
       store: keeps finished blocks; those it has are not done again.
       on_block: called after each block that was quantized.
 
@@ -181,46 +198,62 @@ class Calibrator:
       ValueError: no or indivisible sequences, a pattern that ignores nothing,
         NaN or Inf in weights or activations (the layer is named).
     """
-    self._check_run(tokens)
-    outside = self._model.outside()
+    self._check_run(data)
+    outside: Any = self._model.outside()
     _check_finite(outside, 'outside the blocks')
     outside = self.steps.place(outside)
     for stage in self.steps.stages:
       outside = jax.jit(stage.outside)(outside)
     if not store.has_outside():
       store.save_outside(jax.device_get(outside))
-    xs = self._embed_all(outside, tokens)
-    del outside
+    xs = self._embed_all(outside, data)
     for i in range(self._model.num_blocks):
+      if i > max(self._model.bridges, default=-1):
+        outside = None  # Its memory.
+      if i in self._model.bridges:
+        xs = [self.steps.bridge(i, outside, x) for x in xs]
       xs = self._block(i, xs, store, on_block)
 
-  def check(self, tokens: np.ndarray) -> None:
+  def check(self, data: Any) -> None:
     """Refuses at once what `run` would only find on its way.
 
-    Reads the first block and traces every stage on its shapes; nothing is
-    compiled or computed.
+    Reads the first block of each kind and traces every stage on its shapes;
+    nothing is compiled or computed.
 
     Args:
-      tokens: as for `run`.
+      data: as for `run`.
 
     Raises:
       ValueError, NotImplementedError: as `run`, and what a method says of the
         shapes of the block.
     """
-    self._check_run(tokens)
-    params = self._model.block_params(0)
-    _check_finite(params, 'blocks.0')
-    spec = self._model.block.without(self._config.ignore, 0)
-    batch = (self._config.batch_size, tokens.shape[1])
-    self.steps.trace(spec, params, batch)
+    self._check_run(data)
+    outside = self._model.outside()
+    batch = jax.tree.map(lambda a: a[: self._config.batch_size], data)
+    carry = jax.eval_shape(self._model.embed, outside, batch)
+    traced = set()
+    for i in range(self._model.num_blocks):
+      if i in self._model.bridges:
+        bridge = functools.partial(self._model.bridge, i)
+        carry = jax.eval_shape(bridge, outside, carry)
+      spec = self._spec(i)
+      if spec not in traced:
+        traced.add(spec)
+        params = self._model.block_params(i)
+        _check_finite(params, f'blocks.{i}')
+        self.steps.trace(spec, params, carry)
 
-  def _block(self, i, xs, store, on_block) -> list[jax.Array]:
+  def _spec(self, i: int) -> blocks.BlockSpec:
+    """Block i, less the linears that are ignored."""
+    return self._model.block_at(i).without(self._config.ignore, i)
+
+  def _block(self, i, xs, store, on_block) -> list[blocks.Carry]:
     """Quantizes block i, or loads it, and returns its output.
 
     A function of its own, so that nothing of a block outlives it.
     """
     start = time.perf_counter()
-    spec = self._model.block.without(self._config.ignore, i)
+    spec = self._spec(i)
     done = store.has_block(i)
     feed = before = None
     if done:
@@ -242,20 +275,23 @@ class Calibrator:
       on_block(
         BlockReport(
           index=i,
-          output_sqnr_db=float(_sqnr(*pair)),
+          output_sqnr_db=float(_sqnr(*map(blocks.stream, pair))),
           seconds=time.perf_counter() - start,
           linears=self._linear_reports(i, spec, before, variables),
         )
       )
     return xs
 
-  def _check_run(self, tokens: np.ndarray) -> None:
-    size, count = self._config.batch_size, len(tokens)
-    if tokens.ndim != 2 or not count:
-      raise ValueError(
-        f'calibration tokens have shape {tokens.shape}; they must be '
-        '(sequences, length) with at least one sequence.'
-      )
+  def _check_run(self, data: Any) -> None:
+    leaves = jax.tree.leaves(data)
+    size, count = self._config.batch_size, len(leaves[0])
+    for a in leaves:
+      if a.ndim < 2 or not count or len(a) != count:
+        raise ValueError(
+          f'calibration data has shape {a.shape}; it must be (samples, ...), '
+          'tokens (sequences, length), with at least one and equally many in '
+          'all arrays.'
+        )
     if count % size:
       raise ValueError(
         f'{count} calibration sequences do not make whole batches of '
@@ -266,7 +302,7 @@ class Calibrator:
     names = [
       blocks.name_of(i, linear.path)
       for i in range(self._model.num_blocks)
-      for linear in self._model.block.linears
+      for linear in self._model.block_at(i).linears
     ]
     for pattern in self._config.ignore:
       if not any(blocks.matches(pattern, name) for name in names):
@@ -276,18 +312,22 @@ class Calibrator:
           "expression after 're:'."
         )
 
-  def _embed_all(self, outside: Params, tokens: np.ndarray) -> list[jax.Array]:
-    size = self._config.batch_size
+  def _embed_all(self, outside: Params, data: Any) -> list[blocks.Carry]:
+    size, count = self._config.batch_size, len(jax.tree.leaves(data)[0])
+    batches = (
+      jax.tree.map(lambda a, i=i: a[i : i + size], data)
+      for i in range(0, count, size)
+    )
     return [
-      self.steps.embed(outside, self.steps.place_batch(tokens[i : i + size]))
-      for i in range(0, len(tokens), size)
+      self.steps.embed(outside, self.steps.place_batch(batch))
+      for batch in batches
     ]
 
   def _quantize(
     self,
     i: int,
     spec: blocks.BlockSpec,
-    xs: Sequence[jax.Array],
+    xs: Sequence[blocks.Carry],
     until_float: bool = False,
   ) -> tuple[Params, Params]:
     """The block's last all-float variables, and its final ones."""
@@ -318,7 +358,7 @@ class Calibrator:
     if not requests:
       return {}
     states = self.steps.place_states(
-      steps_lib.initial_states(spec, requests, variables, xs[0].shape[:2])
+      steps_lib.initial_states(spec, requests, variables, xs[0])
     )
     for x in xs:
       states = observe(spec, variables, x, states)
@@ -341,7 +381,7 @@ class Calibrator:
     float_ = steps_lib.is_float(variables)
     return self.steps.forward_float if float_ else self.steps.forward
 
-  def _advance(self, i, spec, variables, xs) -> list[jax.Array]:
+  def _advance(self, i, spec, variables, xs) -> list[blocks.Carry]:
     """The block's output on all batches."""
     forward = self._forward_of(variables)
     ys, finite = [], jnp.bool_(True)

@@ -1,6 +1,6 @@
 """`calibrate`: a float model to a finished quantized directory, resumable.
 
-  calibrate(model, transform, tokens, output)
+  calibrate(model, transform, data, output)
 
 ties the driver to a checkpoint.Writer. What the output's bytes depend on (the
 tokens, the settings, the weights, the code, JAX and the device) is its
@@ -41,7 +41,7 @@ class SourceModel(driver.CalibrationModel, Protocol):
 def calibrate(
   model: SourceModel,
   transform: transform_lib.Transform,
-  tokens: np.ndarray,
+  data: Any,
   output: str | os.PathLike,
   *,
   config: driver.CalibrationConfig | None = None,
@@ -55,7 +55,8 @@ def calibrate(
   Args:
     model: from models.open_model.
     transform: the method, or a chain.
-    tokens: (sequences, T) int32, from pipeline.calibration_tokens.
+    data: what the model's `embed` takes, all samples; of a decoder tokens
+      (sequences, T) int32, from pipeline.calibration_tokens.
     output: a new directory, or one that this same call was writing.
     config: how the driver runs; None is its default.
     mesh: None is the default device.
@@ -78,13 +79,13 @@ def calibrate(
     settings = {'methods': [{'method': name} for name in names]}
   calibrator = driver.Calibrator(model, transform, config, mesh)
   if not checkpoint.is_checkpoint(output):
-    calibrator.check(tokens)  # A run that cannot end leaves nothing behind.
-  marks = fingerprint(model, tokens, config, mesh, settings)
+    calibrator.check(data)  # A run that cannot end leaves nothing behind.
+  marks = fingerprint(model, data, config, mesh, settings)
   with checkpoint.Writer(output, marks) as writer:
     if writer.complete:
       return False
     on_start(sum(writer.has_block(i) for i in range(model.num_blocks)))
-    calibrator.run(tokens, writer, on_block)
+    calibrator.run(data, writer, on_block)
     writer.finish(
       {
         'model': model.description(),
@@ -98,14 +99,17 @@ def calibrate(
 
 def fingerprint(
   model: SourceModel,
-  tokens: np.ndarray,
+  data: Any,
   config: driver.CalibrationConfig,
   mesh: Mesh | None,
   settings: Mapping[str, Any],
 ) -> dict[str, str]:
   """What the output's bytes depend on, as a flat dict of strings."""
   device = jax.devices()[0]
-  sequences, length = tokens.shape
+  leaves = jax.tree.leaves(data)
+  digest = hashlib.sha256()
+  for leaf in leaves:
+    digest.update(np.ascontiguousarray(leaf).tobytes())
   chosen = {
     **settings,
     'batch_size': config.batch_size,
@@ -115,8 +119,10 @@ def fingerprint(
   }
   return {
     'code': code_hash(),
-    'data': f'{sequences} x {length} tokens, '
-    + hashlib.sha256(tokens.tobytes()).hexdigest(),
+    'data': ', '.join(
+      [' x '.join(map(str, leaf.shape)) for leaf in leaves]
+      + [digest.hexdigest()]
+    ),
     'device': f'{device.platform} {device.device_kind}',
     'jax': jax.__version__,
     'source': model.fingerprint(),

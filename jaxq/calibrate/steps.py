@@ -1,11 +1,13 @@
 """The jitted functions of a block step, and where their arguments lie.
 
-  embed          tokens -> x                             once per batch
-  observe_NAME   states -> states, for one stage         per batch
-  apply_NAME     params, quant, stats -> params, quant   per block
-  forward        x -> y, for quantized or float blocks   per batch
+  embed          batch -> carry                              once per batch
+  bridge         carry -> carry, where a model has bridges   once per batch
+  observe_NAME   states -> states, for one stage             per batch
+  apply_NAME     params, quant, stats -> params, quant       per block
+  forward        carry -> carry, quantized or float blocks   per batch
 
-On a mesh x is sharded over `data` and parameters by the model's rules; states
+A carry is the residual stream and what else the blocks read (nn.blocks.Carry).
+On a mesh it is sharded over `data` and parameters by the model's rules; states
 are replicated. While a stage is applied kernels are sharded by column, since
 methods solve columns independently, row by row: no value crosses devices.
 
@@ -37,17 +39,20 @@ class Steps:
   Attributes:
     stages: single methods, in order.
     mesh, rules: where parameters lie; None and () are one device.
-    embed: (outside, tokens (B, T)) -> x (B, T, C).
-    observe: one per stage, (block, variables, x, states) -> states; donates
+    embed: (outside, batch) -> carry.
+    bridge: (index, outside, carry) -> carry.
+    observe: one per stage, (block, variables, carry, states) -> states; donates
       the states. The block's output is not made.
     apply: one per stage, (block, params, quant, stats) -> (params, quant).
-    forward, forward_float: (block, variables, x) -> (y, all finite ()).
+    forward, forward_float: (block, variables, carry) -> (carry, all finite
+      ()).
   """
 
   def __init__(
     self,
     stages: Sequence[transform_lib.Transform],
-    embed: Callable[[Params, jax.Array], jax.Array],
+    embed: Callable[[Params, Any], blocks.Carry],
+    bridge: Callable[[int, Params, blocks.Carry], blocks.Carry] | None = None,
     rules: mesh_lib.Rules = (),
     mesh: Mesh | None = None,
   ):
@@ -63,6 +68,11 @@ class Steps:
     )
     forward = {'static_argnames': 'block', 'out_shardings': (batch, whole)}
     self.embed = make(embed, out_shardings=batch)
+    self.bridge = make(
+      _no_bridge if bridge is None else bridge,
+      static_argnums=0,
+      out_shardings=batch,
+    )
     self.forward = make(_forward, **forward)
     self.forward_float = make(_forward, **forward)
     self.observe = [
@@ -103,23 +113,23 @@ class Steps:
     """Puts observer states, the same on all devices."""
     return mesh_lib.place(states, (), self.mesh)
 
-  def place_batch(self, tokens: Any) -> jax.Array:
+  def place_batch(self, batch: Any) -> Any:
     """Puts one batch, sharded over `data`."""
-    return jax.device_put(tokens, self._batch)
+    return jax.device_put(batch, self._batch)
 
   def trace(
-    self, block: blocks.BlockSpec, params: Params, batch: tuple[int, int]
+    self, block: blocks.BlockSpec, params: Params, carry: blocks.Carry
   ) -> None:
     """Traces every stage on shapes: raises what a method says of them.
 
     Args:
       block: its spec.
       params: its float parameters; only their shapes are used.
-      batch: (B, T) of one batch.
+      carry: what one batch is in front of the block; only its shapes are used.
     """
     variables: Any = {'params': params, 'quant': {}}
     for stage, apply in zip(self.stages, self.apply, strict=True):
-      states = _state_shapes(stage, block, variables, batch)
+      states = _state_shapes(stage, block, variables, carry)
       stats = {
         path: taps.get_path(states, path) for path in stage.observe(block)
       }
@@ -130,27 +140,28 @@ class Steps:
     self,
     block: blocks.BlockSpec,
     params: Params,
-    shape: tuple[int, int, int],
-    dtype: Any = jnp.float32,
+    carry: blocks.Carry,
   ) -> dict[str, jax.stages.Lowered]:
     """Lowers the functions of a block step; nothing is computed.
 
     Args:
       block: its spec.
       params: its float parameters; only their shapes are used.
-      shape: (B, T, C) of the activations of one batch.
-      dtype: of the activations.
+      carry: what one batch is in front of the block; only its shapes are used.
 
     Returns:
       name -> what `.compile()` turns into a program for the mesh's devices, in
       the order in which they run.
     """
-    x = jax.ShapeDtypeStruct(shape, dtype, sharding=self._batch)
+    x = jax.tree.map(
+      lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=self._batch),
+      carry,
+    )
     variables: Any = {'params': params, 'quant': {}}
     placed = self._abstract(variables, self.rules)
     lowered = {'forward_float': self.forward_float.lower(block, placed, x)}
     for i, stage in enumerate(self.stages):
-      states = _state_shapes(stage, block, variables, shape[:2])
+      states = _state_shapes(stage, block, variables, carry)
       states = self._abstract(states, ())
       if states:
         placed = self._abstract(variables, self.rules)
@@ -187,19 +198,20 @@ def initial_states(
   block: blocks.BlockSpec,
   requests: transform_lib.Requests,
   variables: Params,
-  batch: tuple[int, int],
+  carry: blocks.Carry,
 ) -> dict[str, Any]:
   """The `taps` collection before the first batch.
 
   Args:
     block: its spec.
     requests: what a stage's `observe` returned.
-    variables: of the block; give the taps their widths.
-    batch: (B, T).
+    variables: of the block.
+    carry: what one batch is in front of it; only its shapes are used.
   """
+  tapped: Any = jax.eval_shape(block.tapped, variables, carry)
   states: dict[str, Any] = {}
   for path, named in requests.items():
-    shape = (*batch, _tap_width(block, path, variables))
+    shape = taps.get_path(tapped, path).shape
     made = {name: request(shape) for name, request in named.items()}
     states = taps.set_path(states, path, made)
   return states
@@ -222,19 +234,26 @@ def _state_shapes(
   stage: transform_lib.Transform,
   block: blocks.BlockSpec,
   variables: Params,
-  batch: tuple[int, int],
+  carry: blocks.Carry,
 ) -> Any:
-  """Shapes of the `taps` collection of a stage, for batches (B, T)."""
-  start = functools.partial(
-    initial_states, block, stage.observe(block), variables, batch
+  """Shapes of the `taps` collection of a stage."""
+  requests = stage.observe(block)
+  return jax.eval_shape(
+    lambda: initial_states(block, requests, variables, carry)
   )
-  return jax.eval_shape(start)
+
+
+def _no_bridge(i: int, outside: Params, carry: blocks.Carry) -> blocks.Carry:
+  raise NotImplementedError(f'bridge before block {i} of a model without any.')
 
 
 def _observe(
-  block: blocks.BlockSpec, variables: Params, x: jax.Array, states: Params
+  block: blocks.BlockSpec,
+  variables: Params,
+  carry: blocks.Carry,
+  states: Params,
 ) -> Params:
-  return block.observe({**variables, 'taps': states}, x)[1]
+  return block.observe({**variables, 'taps': states}, carry)[1]
 
 
 def _apply(
@@ -252,13 +271,7 @@ def _apply(
 
 
 def _forward(
-  block: blocks.BlockSpec, variables: Params, x: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-  y = block.apply(variables, x)
-  return y, jnp.all(jnp.isfinite(y))
-
-
-def _tap_width(block: blocks.BlockSpec, tap: str, variables: Params) -> int:
-  """K of what passes a tap: the rows of a kernel that reads it."""
-  path = next(lin.path for lin in block.linears if lin.tap == tap)
-  return blocks.kernel_of(variables['params'], path).shape[-2]
+  block: blocks.BlockSpec, variables: Params, carry: blocks.Carry
+) -> tuple[blocks.Carry, jax.Array]:
+  carry = block.apply(variables, carry)
+  return carry, jnp.all(jnp.isfinite(blocks.stream(carry)))

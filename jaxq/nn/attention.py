@@ -4,7 +4,7 @@ import jax
 from flax import linen as nn
 
 from jaxq.kvcache import contiguous
-from jaxq.nn import linear, rope
+from jaxq.nn import causal, linear, rope
 
 
 class Attention(nn.Module):
@@ -44,7 +44,7 @@ class Attention(nn.Module):
     q = rope.rotate(q, positions, self.rope_theta)
     k = rope.rotate(k, positions, self.rope_theta)
     if cache is None:
-      out = jax.nn.dot_product_attention(q, k, v, is_causal=True)
+      out = causal.attention(q, k, v)
     else:
       cache = contiguous.append(cache, k, v)
       out = contiguous.attend(cache, q, positions)

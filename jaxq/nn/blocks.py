@@ -22,6 +22,11 @@ from jaxq.nn import taps
 
 Params = Mapping[str, Any]
 
+# What flows from block to block: the residual stream x (B, T, C), or a dict
+# with 'x' and what else the blocks read (an attention mask, the encoder's
+# output), every array with the batch as its first axis.
+Carry = Any
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Linear:
@@ -74,14 +79,15 @@ class Site:
 class BlockSpec:
   """The block of a model, as the methods see it. Static and hashable.
 
-  module: the linen module; `module.apply(variables, x)` maps (B, T, C) to
-    (B, T, C).
+  module: the linen module; `module.apply(variables, x, **entries)` returns a
+    tuple whose first element is the new residual stream.
   linears: the linears that may be quantized.
   sites: its equivalence sites.
   residual_in, residual_out: paths of the linears that read the residual stream
     (through a norm) and that write to it.
   norms: for each norm on the residual stream, the linears it feeds.
   rotated: linears whose input an online Hadamard may rotate (o and down).
+  entries: names of the carry's entries that the module takes by keyword.
   """
 
   module: nn.Module
@@ -90,17 +96,27 @@ class BlockSpec:
   residual_out: tuple[str, ...] = ()
   norms: tuple[tuple[str, tuple[str, ...]], ...] = ()
   rotated: tuple[str, ...] = ()
+  entries: tuple[str, ...] = ()
 
-  def apply(self, variables: Params, x: jax.Array) -> jax.Array:
-    """(B, T, C) -> (B, T, C), positions 0..T-1."""
-    return self.module.apply(variables, x)[0]
+  def apply(self, variables: Params, carry: Carry) -> Carry:
+    """The carry behind the block; positions are 0..T-1."""
+    x, entries = self._arguments(carry)
+    return with_stream(carry, self.module.apply(variables, x, **entries)[0])
 
-  def observe(
-    self, variables: Params, x: jax.Array
-  ) -> tuple[jax.Array, Params]:
+  def observe(self, variables: Params, carry: Carry) -> tuple[Carry, Params]:
     """Like apply; also returns the updated `taps` collection."""
-    (y, _), updated = self.module.apply(variables, x, mutable=['taps'])
-    return y, updated['taps']
+    x, entries = self._arguments(carry)
+    out, updated = self.module.apply(variables, x, mutable=['taps'], **entries)
+    return with_stream(carry, out[0]), updated['taps']
+
+  def tapped(self, variables: Params, carry: Carry) -> Params:
+    """What passes every tap, {module path: {tap: array}}."""
+    x, entries = self._arguments(carry)
+    _, updated = self.module.apply(variables, x, mutable=['tapped'], **entries)
+    return updated['tapped']
+
+  def _arguments(self, carry: Carry) -> tuple[jax.Array, dict[str, Any]]:
+    return stream(carry), {name: carry[name] for name in self.entries}
 
   def output(self, site: Site, variables: Params, x: jax.Array) -> jax.Array:
     """The output that a search at `site` compares, from the consumers' input.
@@ -134,6 +150,16 @@ class BlockSpec:
       if not any(matches(p, name_of(index, lin.path)) for p in patterns)
     )
     return dataclasses.replace(self, linears=kept)
+
+
+def stream(carry: Carry) -> jax.Array:
+  """The residual stream (B, T, C) of a carry."""
+  return carry['x'] if isinstance(carry, Mapping) else carry
+
+
+def with_stream(carry: Carry, x: jax.Array) -> Carry:
+  """A carry whose residual stream is x."""
+  return {**carry, 'x': x} if isinstance(carry, Mapping) else x
 
 
 def kernel_of(params: Params, path: str) -> jax.Array:

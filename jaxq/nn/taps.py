@@ -20,11 +20,15 @@ from flax import linen as nn
 def tap(module: nn.Module, name: str, x: jax.Array) -> jax.Array:
   """Returns x; updates the observer states at `name`, if there are any.
 
+  Where the collection 'tapped' is mutable, x itself is put there.
+
   Args:
     module: the linen module in whose scope the tap lies.
     name: the tap's name; its path is the module's path plus this name.
     x: any shape; observers treat the last axis as channels.
   """
+  if module.is_mutable_collection('tapped'):
+    module.put_variable('tapped', name, x)
   if module.has_variable('taps', name):
     states: Any = module.get_variable('taps', name)
     module.put_variable(

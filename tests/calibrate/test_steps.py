@@ -15,6 +15,7 @@ from tests.models import test_decoder
 
 CONFIG = test_decoder.CONFIG
 BLOCK = decoder.block_spec(CONFIG)
+CARRY = jax.ShapeDtypeStruct((2, 8, CONFIG.hidden_size), jnp.float32)
 
 
 def make(group_size=16, mesh=None):
@@ -27,7 +28,10 @@ def make(group_size=16, mesh=None):
   )
   rules = () if mesh is None else decoder.sharding_rules(CONFIG, 1)
   return steps.Steps(
-    transform_lib.stages(chain), testing.small_model().embed, rules, mesh
+    transform_lib.stages(chain),
+    testing.small_model().embed,
+    rules=rules,
+    mesh=mesh,
   )
 
 
@@ -36,7 +40,7 @@ class StepsTest(parameterized.TestCase):
   def test_lowers_from_shapes_what_runs(self, on_mesh):
     mesh = mesh_lib.make_mesh('', jax.devices()[:1]) if on_mesh else None
     params = testing.small_model().block_params(0)
-    lowered = make(mesh=mesh).lower(BLOCK, params, (2, 8, CONFIG.hidden_size))
+    lowered = make(mesh=mesh).lower(BLOCK, params, CARRY)
     self.assertEqual(
       list(lowered),
       [
@@ -55,16 +59,16 @@ class StepsTest(parameterized.TestCase):
     made = make(group_size=24)
     params = testing.small_model().block_params(0)
     with self.assertRaisesRegex(ValueError, 'K=32, group_size=24'):
-      made.trace(BLOCK, params, (2, 8))
+      made.trace(BLOCK, params, CARRY)
     made = make()
-    made.trace(BLOCK, params, (2, 8))
+    made.trace(BLOCK, params, CARRY)
     self.assertEqual(set(made.compilations.values()), {0})
 
   def test_initial_states_are_as_wide_as_the_kernels(self):
     made = make()
     params = testing.small_model().block_params(0)
     states = steps.initial_states(
-      BLOCK, made.stages[1].observe(BLOCK), {'params': params}, (2, 8)
+      BLOCK, made.stages[1].observe(BLOCK), {'params': params}, CARRY
     )
     total = states['mlp']['down_proj']['in']['hessian'].total
     self.assertEqual(total.shape, (64, 64))

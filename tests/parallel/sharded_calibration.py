@@ -201,7 +201,7 @@ def ties(opened, a, b, i, solved, config):
     touched += len(columns)
     if not len(columns):
       continue
-    linear = opened.block.linear(path.removesuffix('/kernel'))
+    linear = opened.block_at(0).linear(path.removesuffix('/kernel'))
     params, stats = solved
     hessian = stats[linear.tap]['hessian'].mean
     kernel = blocks.kernel_of(params, linear.path)

@@ -74,7 +74,9 @@ def compile_steps(config):
   x = jnp.zeros((1, 2, config.hidden_size))
   params = jax.eval_shape(block.init, jax.random.key(0), x)['params']
   lowered = block_steps.lower(
-    decoder.block_spec(config), params, (BATCH, LENGTH, config.hidden_size)
+    decoder.block_spec(config),
+    params,
+    jax.ShapeDtypeStruct((BATCH, LENGTH, config.hidden_size), jnp.float32),
   )
   with concurrent.futures.ThreadPoolExecutor(2) as pool:
     compiled = pool.map(lambda low: low.compile(), lowered.values())
