@@ -17,7 +17,7 @@ from absl import flags
 
 from experiments import cli
 from jaxq.data import pipeline
-from jaxq.io import llama, sources
+from jaxq.io import architectures, sources
 
 _MODEL = flags.DEFINE_string(
   'model', 'smollm2-135m', 'Packaged name, GGUF file or Hugging Face directory.'
@@ -60,18 +60,18 @@ def hf_tensors(source: sources.WeightSource) -> dict[str, np.ndarray]:
   config = source.config
   tensors = {}
 
-  def take(params, entries, i=None):
+  def take(params, entries):
     for entry in entries:
       array = params
       for key in entry.path:
         array = array[key]
       if entry.path[-1] == 'kernel':
         array = array.T  # (K, N) -> (out, in)
-      tensors[entry.hf.format(i=i)] = np.ascontiguousarray(array, np.float32)
+      tensors[entry.hf.name] = np.ascontiguousarray(array, np.float32)
 
-  take(source.outside(), llama.outside(config))
+  take(source.outside(), architectures.outside(config))
   for i in range(config['num_hidden_layers']):
-    take(source.block(i), llama.BLOCK, i)
+    take(source.block(i), architectures.block(config, i))
   return tensors
 
 

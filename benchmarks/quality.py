@@ -31,17 +31,57 @@ flags.DEFINE_bool('rerun', False, 'Run rows that are stored already.')
 
 COMMON = ('--model=smollm2-135m', '--eval_window=2048', '--eval_tokens=8192')
 DATA_FREE = ('--sequences=8',)  # Nothing is learned from them.
+ASYMMETRIC = ('--nosymmetric', '--noinput_symmetric')
 SETTINGS = {
   'W8A8': ('--scheme=W8A8',),
   'W4': ('--scheme=W4A16', '--group_size=-1'),
   'W4g64': ('--scheme=W4A16', '--group_size=64'),
   'W3g64': ('--scheme=W3A16', '--group_size=64'),
   'W4A4': ('--scheme=W4A4',),
+  'W4A8': ('--scheme=W4A8',),
+  'W4A4 static': ('--scheme=W4A4_STATIC',),
+  'W2': ('--scheme=W2A16', '--group_size=-1'),
+  'W1': ('--scheme=W1A16', '--group_size=-1'),
+  'W8A8 static': ('--scheme=W8A8_STATIC',),
+  'W6A6 static': ('--scheme=W6A6_STATIC', *ASYMMETRIC),
+  'W6A6': ('--scheme=W6A6', '--nosymmetric'),
+  'W4A4 asymmetric': ('--scheme=W4A4', *ASYMMETRIC),
 }
 GPTQ = ('--method=gptq', '--set=gptq.search=mse')
 AWQ = ('--method=awq', '--sequences=16')
 CLIP = ('--input_clip=0.9',)
 ROTATE_GPTQ = ('--method=rotate,gptq', '--set=gptq.search=mse', *CLIP)
+AVERAGE = ('--set=activations.observer=average',)
+SMOOTH_STATIC = ('--method=smoothquant', *AVERAGE)
+OS_PLUS = ('--method=os_plus', '--set=os_plus.sample_sequences=4')
+# The paper quantizes q, k and v in the static setting; the rows beside do not.
+OS_PLUS_STATIC = (*OS_PLUS, '--set=os_plus.bmm=')
+OUTLIERTUNE = ('--method=outliertune', '--set=outliertune.symmetrize=never')
+OUTLIERTUNE_GPTQ = '--set=outliertune.weight=gptq'
+OUTLIERTUNE_ALIKE = (*OUTLIERTUNE, '--set=outliertune.bmm=')
+MERGEQUANT = ('--method=mergequant', *CLIP)
+MERGEQUANT_PLAIN = (
+  *MERGEQUANT,
+  '--set=mergequant.clip=none',
+  '--set=mergequant.reconstruct=false',
+)
+MERGEQUANT_ROTATED = (
+  '--method=rotate,mergequant',
+  '--set=mergequant.rest=dynamic',
+  *CLIP,
+)
+LLM_FP4 = (
+  '--method=llm_fp4',
+  '--set=llm_fp4.sample_sequences=4',
+  '--set=llm_fp4.n_grid=20',
+  '--set=llm_fp4.gamma_low=0.2',
+  '--set=llm_fp4.rounds=2',
+)
+UNSHIFTED = '--set=llm_fp4.preshift=false'
+FP_BY_RANGE = (*LLM_FP4, UNSHIFTED, '--set=llm_fp4.rounds=0')
+# 16 sequences of 512 tokens and 5 epochs; the paper has 128 of 2048 and 20.
+PTQ161 = ('--method=ptq161', '--sequences=16')
+PTQ161_MEANS = (*PTQ161, '--set=ptq161.epochs=0')
 ROWS = (
   ('W8A8', 'RTN', DATA_FREE),
   ('W8A8', 'SmoothQuant', ('--method=smoothquant',)),
@@ -59,6 +99,52 @@ ROWS = (
   ('W4A4', 'GPTQ', (*GPTQ, *CLIP)),
   ('W4A4', 'rotation', ('--method=rotate', *DATA_FREE, *CLIP)),
   ('W4A4', 'rotation + GPTQ', ROTATE_GPTQ),
+  ('W4A4', 'LLM-FP4', LLM_FP4),
+  ('W4A4', 'LLM-FP4, no shifts', (*LLM_FP4, UNSHIFTED)),
+  ('W4A4', 'e2m1 by range, static', FP_BY_RANGE),
+  ('W4A4', 'rotation + LLM-FP4', ('--method=rotate,llm_fp4', *LLM_FP4[1:])),
+  ('W4A4 static', 'RTN', AVERAGE),
+  ('W4A8', 'RTN', DATA_FREE),
+  ('W4A8', 'LLM-FP4', LLM_FP4),
+  ('W8A8', 'LLM-FP4', LLM_FP4),
+  ('W8A8', 'OutlierTune', OUTLIERTUNE_ALIKE),
+  ('W8A8', 'OutlierTune, q k v too', OUTLIERTUNE),
+  ('W2', 'RTN', DATA_FREE),
+  ('W2', 'GPTQ', GPTQ),
+  ('W1', 'PTQ1.61', (*PTQ161, '--set=ptq161.epochs=5')),
+  ('W1', 'PTQ1.61, nothing learned', PTQ161_MEANS),
+  (
+    'W1',
+    'PTQ1.61, nothing learned, random mask',
+    (*PTQ161_MEANS, '--set=ptq161.mask=random'),
+  ),
+  ('W8A8 static', 'RTN', AVERAGE),
+  ('W8A8 static', 'SmoothQuant', SMOOTH_STATIC),
+  ('W8A8 static', 'OS+', OS_PLUS_STATIC),
+  ('W8A8 static', 'OS+, q k v too', OS_PLUS),
+  ('W6A6 static', 'RTN', AVERAGE),
+  ('W6A6 static', 'SmoothQuant', SMOOTH_STATIC),
+  ('W6A6 static', 'OS+', OS_PLUS_STATIC),
+  ('W6A6', 'RTN', DATA_FREE),
+  ('W6A6', 'SmoothQuant', ('--method=smoothquant',)),
+  ('W6A6', 'OutlierTune', OUTLIERTUNE_ALIKE),
+  ('W6A6', 'OutlierTune + GPTQ', (*OUTLIERTUNE_ALIKE, OUTLIERTUNE_GPTQ)),
+  ('W4A4', 'OutlierTune + GPTQ', (*OUTLIERTUNE_ALIKE, OUTLIERTUNE_GPTQ)),
+  ('W4A4', 'MergeQuant', MERGEQUANT),
+  (
+    'W4A4',
+    'MergeQuant, low rank',
+    (*MERGEQUANT, '--set=mergequant.rank=32'),
+  ),
+  (
+    'W4A4',
+    'MergeQuant, no clipping',
+    (*MERGEQUANT, '--set=mergequant.clip=none'),
+  ),
+  ('W4A4', 'MergeQuant, no clipping or splitting', MERGEQUANT_PLAIN),
+  ('W4A4', 'rotation + MergeQuant', MERGEQUANT_ROTATED),
+  ('W4A4 asymmetric', 'RTN', DATA_FREE),
+  ('W4A4 asymmetric', 'OS+', OS_PLUS),
 )
 COLUMNS = (
   'token perplexity',
@@ -76,7 +162,7 @@ COLUMNS = (
 def main(argv: Sequence[str]) -> None:
   """Runs what is missing and writes the page."""
   del argv
-  stored = _load(FLAGS.store)
+  stored = load(FLAGS.store)
   for setting, method, extra in ROWS:
     name = f'{setting}, {method}'
     arguments = [*COMMON, *SETTINGS[setting], *extra]
@@ -84,7 +170,7 @@ def main(argv: Sequence[str]) -> None:
       continue
     if stored.get(name, {}).get('flags') == arguments and not FLAGS.rerun:
       continue
-    result = _run(name, arguments)
+    result = measure(name, arguments)
     stored[name] = {'flags': arguments, **result}
     text = json.dumps(stored, indent=1, ensure_ascii=False)
     results.write_text(FLAGS.store, text + '\n')
@@ -121,7 +207,7 @@ def page(stored: dict[str, dict]) -> str:
   )
 
 
-def _run(name: str, arguments: list[str]) -> dict:
+def measure(name: str, arguments: list[str]) -> dict:
   """One calibration in a fresh process -> what is stored of it."""
   slug = ''.join(c if c.isalnum() else '_' for c in name)
   output = pathlib.Path(FLAGS.work) / slug
@@ -166,7 +252,8 @@ def _row(data: dict) -> results.Row:
   )
 
 
-def _load(path: str) -> dict[str, dict]:
+def load(path: str) -> dict[str, dict]:
+  """The stored rows; none where there is no file yet."""
   file = pathlib.Path(path)
   return json.loads(file.read_text()) if file.exists() else {}
 

@@ -1,36 +1,42 @@
-r"""Quantizes a language model block by block, measures it and saves it.
+r"""Quantizes a model block by block, measures it and saves it.
 
   python -m experiments.calibrate \
       --flagfile=experiments/flags/smollm2_w4a16_gptq.flags
 
-The source is a packaged name (smollm2-135m), a .gguf file, or a Hugging Face
-directory. The output is a directory that `experiments.evaluate`,
-`experiments.generate` and `models.load` read. A run that was killed goes on
-with the same command; OUTPUT.run/ keeps its log, its resolved flags and its
-results.
+The source is a packaged name (smollm2-135m, minilm-l6, vit-s14), a .gguf or
+.onnx file, or a Hugging Face directory: of a language model, a text encoder or
+a vision transformer, each calibrated and measured in its own way. The output is
+a directory that `experiments.evaluate`, `experiments.generate` and
+`models.load` read. A run that was killed goes on with the same command;
+OUTPUT.run/ keeps its log, its resolved flags and its results.
 """
 
 import dataclasses
-import json
 import os
 import pathlib
 import resource
 import sys
 import time
 from collections.abc import Sequence
+from typing import Any
 
 import jax
-import numpy as np
 import tqdm
 from absl import flags
 from jax.sharding import Mesh
 
 import models
-from experiments import cli, evaluation, recipe, results
+from experiments import (
+  cli,
+  families,
+  recipe,
+  reporting,
+  results,
+  run_folder,
+)
 from jaxq.calibrate import driver, run
-from jaxq.data import pipeline
 from jaxq.parallel import mesh as mesh_lib
-from jaxq.quant import schemes
+from jaxq.quant import mixed, schemes
 
 FLAGS = flags.FLAGS
 
@@ -66,17 +72,38 @@ flags.DEFINE_float(
   lower_bound=0.01,
   upper_bound=1.0,
 )
+flags.DEFINE_bool('input_symmetric', True, 'Symmetric integer inputs.')
+flags.DEFINE_integer(
+  'input_group_size',
+  None,
+  'Channels of a dynamic integer input that share a scale. Default: all.',
+  lower_bound=1,
+)
+flags.DEFINE_string(
+  'bits_from',
+  None,
+  'An allocation.json of experiments.sensitivity: weights of single linears.',
+)
 flags.DEFINE_multi_string(
   'ignore', [], 'Linears kept float: a name (down_proj) or re:PATTERN.'
 )
 flags.DEFINE_string(
   'data',
-  'wiki-sample:calibration',
-  'Calibration text: packaged name, .txt, .jsonl or folder.',
+  None,
+  'Calibration text (packaged name, .txt, .jsonl or folder) or images. '
+  'Default: wiki-sample:calibration, photos:calibration for images.',
 )
-flags.DEFINE_integer('sequences', 64, 'Calibration sequences.', lower_bound=1)
 flags.DEFINE_integer(
-  'sequence_length', 512, 'Tokens of a calibration sequence.', lower_bound=2
+  'sequences', 64, 'Calibration sequences, passages or images.', lower_bound=1
+)
+flags.DEFINE_integer(
+  'sequence_length',
+  None,
+  'Tokens of a calibration sequence. Default: 512; 128 for an encoder.',
+  lower_bound=2,
+)
+flags.DEFINE_integer(
+  'image_size', 224, 'Pixels of an image, both sides.', lower_bound=1
 )
 flags.DEFINE_integer('batch_size', 8, 'Sequences per step.', lower_bound=1)
 flags.DEFINE_enum(
@@ -85,18 +112,33 @@ flags.DEFINE_enum(
   ['quantized', 'float'],
   'Which block feeds the next one: the quantized or the float one.',
 )
+flags.DEFINE_enum(
+  'experts',
+  'routed',
+  ['routed', 'all'],
+  'Which tokens the statistics of an expert are taken of.',
+)
 flags.DEFINE_string(
   'mesh', '', 'Device mesh, as in data:2,model:4. Default: one device.'
 )
 flags.DEFINE_bool('evaluate', True, 'Measure the model before and after.')
 flags.DEFINE_string(
-  'eval_data', 'wiki-sample:evaluation', 'Evaluation text, as --data.'
+  'eval_data', None, 'What to measure on, as --data. Default: :evaluation.'
+)
+flags.DEFINE_integer(
+  'eval_samples', 256, 'Pairs of passages, or images, to measure an encoder on.'
 )
 flags.DEFINE_integer(
   'eval_tokens', 16384, 'Evaluation tokens, in whole windows.', lower_bound=2
 )
 flags.DEFINE_integer(
-  'eval_window', 2048, 'Tokens of an evaluation window.', lower_bound=2
+  'eval_window',
+  None,
+  'Tokens of an evaluation window. Default: 2048; 128 for an encoder.',
+  lower_bound=2,
+)
+flags.DEFINE_string(
+  'tensorboard_dir', None, 'Also write the figures as TensorBoard scalars.'
 )
 flags.mark_flags_as_required(['model', 'output'])
 
@@ -105,38 +147,48 @@ def main(argv: Sequence[str]) -> None:
   """Calibrates, saves, evaluates and prints the table."""
   del argv
   start = time.perf_counter()
+  if FLAGS.tensorboard_dir is not None:
+    reporting.check_tensorboard()
   mesh = mesh_lib.make_mesh(FLAGS.mesh) if FLAGS.mesh else None
   scheme = schemes.parse(
     FLAGS.scheme,
     group_size=FLAGS.group_size,
     symmetric=FLAGS.symmetric,
     input_clip=FLAGS.input_clip,
+    input_symmetric=FLAGS.input_symmetric,
+    input_group_size=FLAGS.input_group_size,
   )
-  built = recipe.build(FLAGS.method, scheme, FLAGS.set)
-  model = models.open_model(FLAGS.model)
+  allocation = mixed.load(FLAGS.bits_from) if FLAGS.bits_from else None
+  built = recipe.build(FLAGS.method, scheme, FLAGS.set, allocation)
+  model: Any = models.open_model(FLAGS.model)
+  if allocation is not None:
+    model = mixed.LabelledModel(model, allocation)
   config = driver.CalibrationConfig(
     batch_size=min(FLAGS.batch_size, FLAGS.sequences),
     inputs=FLAGS.inputs,
+    experts=FLAGS.experts,
     ignore=tuple(FLAGS.ignore),
   )
   recipe.check_groups(
     scheme, model.block_at(0).without(config.ignore, 0), model.block_params(0)
   )
-  tokens = _tokens(model)
+  data, description = families.calibration_data(model, _choice())
   # Now, so that no hours of work end in a word about these flags.
-  windows = _windows(model) if FLAGS.evaluate else None
+  samples = None
+  if FLAGS.evaluate:
+    samples = families.evaluation_data(model, _evaluation_choice())
   log = pathlib.Path(f'{pathlib.Path(FLAGS.output)}.run')
   _say(
     f'{FLAGS.model}: {model.num_blocks} blocks, {scheme.name} with '
     f'{", ".join(m["method"] for m in built.description["methods"])}, '
-    f'{tokens.shape[0]} x {tokens.shape[1]} tokens of {FLAGS.data}'
+    f'{description}'
   )
   progress = _Progress(model.num_blocks, log)
   try:
     ran = run.calibrate(
       model,
       built.transform,
-      tokens,
+      data,
       FLAGS.output,
       config=config,
       mesh=mesh,
@@ -156,34 +208,28 @@ def main(argv: Sequence[str]) -> None:
   )
   if ran:
     _say(f'saved {FLAGS.output}')
-  if windows is not None:
-    _evaluate(windows, log, cost if ran else (), mesh)
-  _say(f'log and results are in {log}')
+  if samples is not None:
+    _evaluate(samples, log, cost if ran else (), mesh)
+  _report(log)
 
 
-def _tokens(model: models.OpenModel) -> np.ndarray:
-  """The calibration tokens (sequences, sequence_length)."""
-  longest = model.config.max_position
-  if FLAGS.sequence_length > longest:
-    raise ValueError(
-      f'--sequence_length={FLAGS.sequence_length}; {FLAGS.model} takes '
-      f'sequences of at most {longest} tokens. Give --sequence_length='
-      f'{longest} or less.'
-    )
-  data = pipeline.DataConfig(
-    source=FLAGS.data,
-    num_sequences=FLAGS.sequences,
-    sequence_length=FLAGS.sequence_length,
+def _choice() -> families.Choice:
+  """What the flags say of the calibration data."""
+  return families.Choice(
+    source=FLAGS.data or '',
+    samples=FLAGS.sequences,
+    length=FLAGS.sequence_length or 0,
+    image_size=FLAGS.image_size,
   )
-  return pipeline.calibration_tokens(data, model.tokenizer())
 
 
-def _windows(model: models.OpenModel) -> pipeline.EvaluationWindows:
-  """What the models are measured on."""
-  return evaluation.load_windows(
-    model,
-    source=FLAGS.eval_data,
-    window=FLAGS.eval_window,
+def _evaluation_choice() -> families.Choice:
+  """What the flags say of the evaluation data."""
+  return families.Choice(
+    source=FLAGS.eval_data or '',
+    samples=FLAGS.eval_samples,
+    length=FLAGS.eval_window or 0,
+    image_size=FLAGS.image_size,
     tokens=FLAGS.eval_tokens,
   )
 
@@ -200,7 +246,13 @@ class _Progress:
     """Called when the output directory is ours: the first thing we write."""
     self._log.mkdir(parents=True, exist_ok=True)
     cli.write_flagfile(self._log / 'resolved.flags')
-    self._keep(done)
+    run_folder.save_start(
+      self._log,
+      results.run_info(cli.resolved_flags()),
+      FLAGS.model,
+      self._num_blocks,
+    )
+    run_folder.keep_blocks(self._log, done)
     if done:
       _say(f'resuming: {done} of {self._num_blocks} blocks are done')
     self._bar = tqdm.tqdm(
@@ -214,24 +266,13 @@ class _Progress:
 
   def block(self, report: driver.BlockReport) -> None:
     """Logs a finished block."""
-    with open(self._log / 'blocks.jsonl', 'a', encoding='utf-8') as f:
-      f.write(json.dumps(dataclasses.asdict(report)) + '\n')
+    run_folder.append_block(self._log, report)
     if self._bar is not None:
       self._bar.set_postfix_str(
         f'layer {report.index}, output SQNR {report.output_sqnr_db:.1f} dB, '
         f'peak {_peak_gigabytes():.2f} GB'
       )
       self._bar.update()
-
-  def _keep(self, done: int) -> None:
-    """Drops what an earlier run, or the last moments of this one, left."""
-    (self._log / 'results.json').unlink(missing_ok=True)
-    path = self._log / 'blocks.jsonl'
-    if path.exists():
-      lines = path.read_text('utf-8').splitlines(keepends=True)
-      whole = [line for line in lines if line.endswith('\n')]
-      kept = [line for line in whole if json.loads(line)['index'] < done]
-      results.write_text(path, ''.join(kept))
 
   def close(self) -> None:
     """Ends the bar."""
@@ -240,7 +281,7 @@ class _Progress:
 
 
 def _evaluate(
-  windows: pipeline.EvaluationWindows,
+  samples: Any,
   log: pathlib.Path,
   cost: tuple[results.Metric, ...],
   mesh: Mesh | None,
@@ -248,13 +289,22 @@ def _evaluate(
   """Prints the before/after table and writes the results."""
   reference = models.load(FLAGS.model, mesh=mesh)
   quantized = models.load(FLAGS.output, mesh=mesh)
-  rows = list(
-    evaluation.compare(reference, quantized, windows, mesh=mesh).rows()
-  )
+  compare = families.of(reference).compare
+  rows = list(compare(reference, quantized, samples, mesh=mesh))
   rows[-1] = dataclasses.replace(rows[-1], metrics=rows[-1].metrics + cost)
   results.print_table(rows)
   info = results.run_info(cli.resolved_flags())
   results.save(log / 'results.json', results.Result(run=info, rows=tuple(rows)))
+
+
+def _report(log: pathlib.Path) -> None:
+  """Writes the page, and the scalars if asked for; on process 0 only."""
+  if jax.process_index() != 0 or not run_folder.holds_run(log):
+    return
+  page = reporting.write(log)
+  if FLAGS.tensorboard_dir is not None:
+    reporting.write_scalars(log, FLAGS.tensorboard_dir)
+  _say(f'log and results are in {log}; to look at: {page}')
 
 
 def _peak_gigabytes() -> float:

@@ -1,12 +1,14 @@
-"""Measures a language model on held-out text.
+"""Measures a model on held-out text, or images.
 
   python -m experiments.evaluate --model=DIR --reference=smollm2-135m
 
 Prints token perplexity over non-overlapping windows, the word- and
 byte-normalised figures beside it and, given a reference, the paired ratio, the
-KL divergence and the top-1 agreement, each with a 95 % bootstrap interval.
+KL divergence and the top-1 agreement, each with a 95 % bootstrap interval. Of
+encoders it prints how far their embeddings moved and what they still find.
 """
 
+import dataclasses
 import sys
 import time
 from collections.abc import Sequence
@@ -15,7 +17,7 @@ import jax
 from absl import flags
 
 import models
-from experiments import cli, evaluation, results
+from experiments import cli, families, passkey, results
 from jaxq.eval import bootstrap
 from jaxq.parallel import mesh as mesh_lib
 
@@ -29,10 +31,22 @@ _REFERENCE = flags.DEFINE_string(
   'reference', None, 'The float model to compare with; none: measure alone.'
 )
 _DATA = flags.DEFINE_string(
-  'data', 'wiki-sample:evaluation', 'Text that calibration did not see.'
+  'data',
+  None,
+  'Text or images that calibration did not see. Default: '
+  'wiki-sample:evaluation, photos:evaluation for images.',
 )
 _WINDOW = flags.DEFINE_integer(
-  'window', 2048, 'Tokens per window.', lower_bound=2
+  'window',
+  None,
+  'Tokens per window. Default: 2048; 128 for an encoder.',
+  lower_bound=2,
+)
+_SAMPLES = flags.DEFINE_integer(
+  'samples', 256, 'Pairs of passages, or images, to measure an encoder on.'
+)
+_IMAGE_SIZE = flags.DEFINE_integer(
+  'image_size', 224, 'Pixels of an image, both sides.', lower_bound=1
 )
 _TOKENS = flags.DEFINE_integer(
   'tokens', 16384, 'Tokens in all, in whole windows.', lower_bound=2
@@ -53,6 +67,9 @@ _SEED = flags.DEFINE_integer('seed', 0, 'Of the bootstrap.')
 _MESH = flags.DEFINE_string(
   'mesh', '', 'Device mesh, as in data:2,model:4. Default: one device.'
 )
+_PASSKEY = flags.DEFINE_list(
+  'passkey', [], 'Prompt lengths, in tokens, to hide a number in; as 512,1024.'
+)
 _OUTPUT = flags.DEFINE_string('output', None, 'JSON file for the results.')
 
 
@@ -65,27 +82,46 @@ def main(argv: Sequence[str]) -> None:
   reference = None
   if _REFERENCE.value is not None:
     reference = models.load(_REFERENCE.value, _DTYPE.value, mesh)
-  windows = evaluation.load_windows(
-    model,
-    source=_DATA.value,
-    window=_WINDOW.value,
+  choice = families.Choice(
+    source=_DATA.value or '',
+    samples=_SAMPLES.value,
+    length=_WINDOW.value or 0,
+    image_size=_IMAGE_SIZE.value,
     tokens=_TOKENS.value,
     bos=_BOS.value,
   )
-  comparison = evaluation.compare(
+  rows = families.of(model).compare(
     reference,
     model,
-    windows,
+    families.evaluation_data(model, choice),
     config=config,
     mesh=mesh,
     progress=Progress(),
   )
-  rows = comparison.rows()
+  if _PASSKEY.value:
+    rows = _with_passkeys(rows, [m for m in (reference, model) if m])
   results.print_table(rows)
   if _OUTPUT.value is not None and jax.process_index() == 0:
     run = results.run_info(cli.resolved_flags())
     results.save(_OUTPUT.value, results.Result(run=run, rows=rows))
     print(f'results: {_OUTPUT.value}')
+
+
+def _with_passkeys(rows, measured) -> tuple[results.Row, ...]:
+  """The rows with the retrieval of their models behind."""
+  try:
+    lengths = [int(text) for text in _PASSKEY.value]
+  except ValueError as e:
+    raise ValueError(
+      f'--passkey={",".join(_PASSKEY.value)}; whole numbers of tokens are '
+      'needed, as in --passkey=512,1024.'
+    ) from e
+  return tuple(
+    dataclasses.replace(
+      row, metrics=row.metrics + passkey.metrics(model, lengths)
+    )
+    for row, model in zip(rows, measured, strict=True)
+  )
 
 
 class Progress:

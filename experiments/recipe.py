@@ -20,6 +20,12 @@ from jaxq.quant import (
   activations,
   awq,
   gptq,
+  llm_fp4,
+  mergequant,
+  mixed,
+  os_plus,
+  outliertune,
+  ptq161,
   rotate,
   round_to_nearest,
   schemes,
@@ -32,6 +38,11 @@ METHODS: dict[str, tuple[type, Callable[..., transform_lib.Transform]]] = {
   'activations': (activations.ActivationsConfig, activations.activations),
   'awq': (awq.AwqConfig, awq.awq),
   'gptq': (gptq.GptqConfig, gptq.gptq),
+  'llm_fp4': (llm_fp4.LlmFp4Config, llm_fp4.llm_fp4),
+  'mergequant': (mergequant.MergeQuantConfig, mergequant.mergequant),
+  'os_plus': (os_plus.OsPlusConfig, os_plus.os_plus),
+  'outliertune': (outliertune.OutlierTuneConfig, outliertune.outliertune),
+  'ptq161': (ptq161.PTQ161Config, ptq161.ptq161),
   'rotate': (rotate.RotateConfig, rotate.rotate),
   'rtn': (
     round_to_nearest.RoundToNearestConfig,
@@ -49,8 +60,15 @@ class Recipe:
   description: dict[str, Any]
 
 
+# Quantize each linear by itself: those that may take a spec per linear.
+_PER_LINEAR = ('gptq', 'rtn')
+
+
 def build(
-  methods: Sequence[str], scheme: schemes.Scheme, settings: Sequence[str]
+  methods: Sequence[str],
+  scheme: schemes.Scheme,
+  settings: Sequence[str],
+  allocation: mixed.Allocation | None = None,
 ) -> Recipe:
   """The recipe of a list of methods.
 
@@ -58,6 +76,7 @@ def build(
     methods: names of METHODS, in order.
     scheme: what weights and inputs become.
     settings: 'method.field=value' texts.
+    allocation: specs of single linears; the others take the scheme's.
 
   Raises:
     ValueError: unknown method, field or value; the message lists the known.
@@ -74,7 +93,8 @@ def build(
   weight_methods = [n for n in METHODS if 'weights' in _names(METHODS[n][0])]
   if scheme.weights and not set(names) & set(weight_methods):
     names.append('rtn')
-  if scheme.inputs and 'activations' not in names:
+  input_methods = [n for n in METHODS if 'inputs' in _names(METHODS[n][0])]
+  if scheme.inputs and not set(names) & set(input_methods):
     names.append('activations')
   for text in settings:
     method, field, value = _parse(text, names)
@@ -93,17 +113,21 @@ def build(
         'them float; choose a scheme such as W8A8, or leave the method out.'
       )
     config = config_type(**fields[name])
-    chain.append(make(config))
+    if allocation is not None and 'weights' in _names(config_type):
+      chain.append(_mixed(name, config, allocation))
+    else:
+      chain.append(make(config))
     described.append({'method': name, **describe(config)})
   if not chain:
     raise ValueError(
       f'--scheme={scheme.name} with no --method changes nothing; choose a '
       'scheme such as W4A16.'
     )
-  return Recipe(
-    transform_lib.chain(*chain),
-    {'scheme': scheme.name, 'methods': described},
-  )
+  description: dict[str, Any] = {'scheme': scheme.name, 'methods': described}
+  if allocation is not None:
+    description['scheme'] = f'{scheme.name}, {allocation.bits:.2f} bits mixed'
+    description['allocation'] = allocation.to_dict()
+  return Recipe(transform_lib.chain(*chain), description)
 
 
 def check_groups(
@@ -127,6 +151,7 @@ def check_groups(
   rows = {
     linear.path: blocks.kernel_of(params, linear.path).shape[-2]
     for linear in block.linears
+    if not getattr(linear, 'choice', mixed.DEFAULT)  # Takes its own spec.
   }
   path = next((path for path, K in rows.items() if K % G), None)
   if path is None:
@@ -141,6 +166,25 @@ def check_groups(
     f'--scheme={scheme.name} with groups of {G}: {name} has K={rows[path]} '
     f'inputs; K must be a multiple of {G}. Give {" or ".join(fixes)}, or leave '
     f'it float with --ignore={name}.'
+  )
+
+
+def _mixed(
+  name: str, config: Any, allocation: mixed.Allocation
+) -> transform_lib.Transform:
+  """A weight method whose linears each take the allocation's spec."""
+  if name not in _PER_LINEAR:
+    raise ValueError(
+      f'--method={name} with --bits_from; it chooses scales for several '
+      f'linears at once, at one spec. Use one of {sorted(_PER_LINEAR)}.'
+    )
+  make = METHODS[name][1]
+  specs = {mixed.DEFAULT: config.weights, **allocation.specs}
+  return mixed.mixed(
+    {
+      choice: make(dataclasses.replace(config, weights=spec))
+      for choice, spec in specs.items()
+    }
   )
 
 

@@ -209,7 +209,7 @@ def to_markdown(rows: Sequence[Row], *, upright: bool = False) -> str:
       columns.setdefault(metric.name, metric.name + unit)
   cells = [['', *columns.values()]]
   for row in rows:
-    found = {metric.name: _cell(metric) for metric in row.metrics}
+    found = {metric.name: cell(metric) for metric in row.metrics}
     cells.append([row.name, *(found.get(name, '') for name in columns)])
   if upright:
     cells = [list(column) for column in zip(*cells, strict=True)]
@@ -217,7 +217,7 @@ def to_markdown(rows: Sequence[Row], *, upright: bool = False) -> str:
   rule = ['-' * widths[0], *('-' * (w - 1) + ':' for w in widths[1:])]
   cells.insert(1, rule)
   lines = ['| ' + ' | '.join(_pad(line, widths)) + ' |' for line in cells]
-  notes = _notes(rows, list(columns))
+  notes = conventions(rows, list(columns))
   return '\n'.join(lines + ([''] + notes if notes else [])) + '\n'
 
 
@@ -303,7 +303,8 @@ def _sequence(data: Any, where: str) -> list[Any]:
   return data
 
 
-def _cell(metric: Metric) -> str:
+def cell(metric: Metric) -> str:
+  """A metric as it stands in a table: value and interval."""
   if metric.low is None or metric.high is None:
     return _number(metric.value)
   return (
@@ -330,7 +331,7 @@ def _pad(line: Sequence[str], widths: Sequence[int]) -> list[str]:
   return [line[0].ljust(widths[0]), *padded[1:]]
 
 
-def _notes(rows: Sequence[Row], columns: Sequence[str]) -> list[str]:
+def conventions(rows: Sequence[Row], columns: Sequence[str]) -> list[str]:
   """One line per set of conventions: the columns (and rows) it holds for."""
   by_text: dict[str, list[str]] = {}
   for column in columns:

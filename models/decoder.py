@@ -1,16 +1,18 @@
-"""Decoder-only language models (Llama family) as one flat file.
+"""Decoder-only language models, by configuration, as one flat file.
 
   x = embed(tokens)
-  for block: x = x + attention(rms(x)); x = x + down(silu(gate(h)) * up(h))
-  logits = head(rms(x))
+  for block: x = x + attention(norm(x)); x = x + mlp(norm(x))
+  logits = head(norm(x))
 
-Blocks of equal structure are stacked along a leading axis and scanned, so a
-deep model compiles as fast as a shallow one. Blocks whose leaves differ (one
-keeps float kernels, say) form separate runs: 'blocks_0' holds the first run
-stacked, 'blocks_1' the next, in 'params', 'quant' and the tuple of caches.
+`DecoderConfig` says what stands for norm, attention and mlp: Llama, Mistral,
+Qwen2 and 3, Gemma 2 and 3, OPT, Phi-3, Mixtral and Qwen3-MoE.
+
+Blocks of equal structure and kind are stacked along a leading axis and scanned,
+so a deep model compiles as fast as a shallow one. Blocks that differ (one keeps
+float kernels, one has a window) form separate runs: 'blocks_0' holds the first
+run stacked, 'blocks_1' the next, in 'params', 'quant' and the tuple of caches.
 """
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -20,131 +22,72 @@ from flax import linen as nn
 from jax.sharding import PartitionSpec
 
 from jaxq.kvcache import contiguous
-from jaxq.nn import attention, blocks, embed, linear, norms
+from jaxq.nn import attention, blocks, embed, linear, mlp, moe, norms
 from jaxq.parallel import mesh as mesh_lib
+from models import decoder_config
 
 Params = Mapping[str, Any]
 Caches = tuple[contiguous.ContiguousCache, ...]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class DecoderConfig:
-  """The shape of a Llama-style decoder.
-
-  vocab_size (V), hidden_size (C), intermediate_size (F), num_layers (L).
-  num_heads (H) query heads share num_kv_heads (Hkv) of head_dim (D) channels.
-  rope_theta, norm_eps: bases of the rotary frequencies and of the norms.
-  tie_embeddings: the head is the embedding table.
-  max_position: longest sequence the model was trained for.
-  bos_token_id, eos_token_ids: as the checkpoint says.
-  """
-
-  vocab_size: int
-  hidden_size: int
-  intermediate_size: int
-  num_layers: int
-  num_heads: int
-  num_kv_heads: int
-  head_dim: int
-  rope_theta: float = 10000.0
-  norm_eps: float = 1e-5
-  tie_embeddings: bool = True
-  max_position: int = 2048
-  bos_token_id: int | None = None
-  eos_token_ids: tuple[int, ...] = ()
-
-  def __post_init__(self):
-    for name in (
-      'vocab_size',
-      'hidden_size',
-      'intermediate_size',
-      'num_layers',
-      'num_heads',
-      'num_kv_heads',
-      'head_dim',
-    ):
-      if getattr(self, name) < 1:
-        raise ValueError(
-          f'DecoderConfig: {name}={getattr(self, name)}; it must be at least '
-          "1. Check the checkpoint's config."
-        )
-    if self.num_heads % self.num_kv_heads:
-      raise ValueError(
-        f'DecoderConfig: num_heads={self.num_heads}, num_kv_heads='
-        f'{self.num_kv_heads}; query heads must be a multiple of key/value '
-        "heads. Check the checkpoint's config."
-      )
-    if self.head_dim % 2:
-      raise ValueError(
-        f'DecoderConfig: head_dim={self.head_dim}; rotary positions need an '
-        'even head_dim.'
-      )
-
-  @classmethod
-  def from_hf(cls, config: Mapping[str, Any]) -> 'DecoderConfig':
-    """From the keys of a Hugging Face config.json."""
-    heads = config['num_attention_heads']
-    rope = config.get('rope_parameters') or {}
-    eos = config.get('eos_token_id')
-    return cls(
-      vocab_size=config['vocab_size'],
-      hidden_size=config['hidden_size'],
-      intermediate_size=config['intermediate_size'],
-      num_layers=config['num_hidden_layers'],
-      num_heads=heads,
-      num_kv_heads=config.get('num_key_value_heads') or heads,
-      head_dim=config.get('head_dim') or config['hidden_size'] // heads,
-      rope_theta=float(
-        config.get('rope_theta') or rope.get('rope_theta') or 10000.0
-      ),
-      norm_eps=float(config.get('rms_norm_eps', 1e-6)),
-      tie_embeddings=bool(config.get('tie_word_embeddings', False)),
-      max_position=config.get('max_position_embeddings', 2048),
-      bos_token_id=config.get('bos_token_id'),
-      eos_token_ids=(
-        () if eos is None else (eos,) if isinstance(eos, int) else tuple(eos)
-      ),
-    )
-
-
-class MLP(nn.Module):
-  """SwiGLU: down(silu(gate(x)) * up(x)) (Shazeer, 2020, arXiv 2002.05202)."""
-
-  intermediate_size: int
-  implementation: str | None = None
-
-  @nn.compact
-  def __call__(self, x: jax.Array) -> jax.Array:
-    """(B, T, C) -> (B, T, C)."""
-
-    def dense(features, name):
-      return linear.QuantDense(
-        features, implementation=self.implementation, name=name
-      )
-
-    gate = dense(self.intermediate_size, 'gate_proj')(x)
-    up = dense(self.intermediate_size, 'up_proj')(x)
-    return dense(x.shape[-1], 'down_proj')(jax.nn.silu(gate) * up)
+DecoderConfig = decoder_config.DecoderConfig
+BlockKind = decoder_config.BlockKind
 
 
 class Block(nn.Module):
-  """One decoder block; everything the calibration works on."""
+  """One decoder block; everything the calibration works on.
+
+  Attributes:
+    config: the model's shape.
+    implementation: matmul of the linears; None picks.
+    kind: what sets it apart from other blocks.
+    all_experts: statistics of every expert are taken of every token.
+  """
 
   config: DecoderConfig
   implementation: str | None = None
+  kind: BlockKind = BlockKind()
+  all_experts: bool = False
 
   def setup(self):
     c = self.config
-    self.input_norm = norms.RMSNorm(c.norm_eps)
+    norm = norms.RMSNorm if c.norm == 'rms' else norms.LayerNorm
+    self.input_norm = norm(c.norm_eps)
     self.attention = attention.Attention(
       c.num_heads,
       c.num_kv_heads,
       c.head_dim,
-      c.rope_theta,
+      c.rope(self.kind),
       self.implementation,
+      qkv_bias=c.qkv_bias,
+      o_bias=c.o_bias,
+      qk_norm=c.qk_norm,
+      norm_eps=c.norm_eps,
+      scale=c.attention_scale,
+      window=c.window if self.kind.sliding else None,
+      softcap=c.attention_softcap,
     )
-    self.post_norm = norms.RMSNorm(c.norm_eps)
-    self.mlp = MLP(c.intermediate_size, self.implementation)
+    self.post_norm = norm(c.norm_eps)
+    if c.out_norms:
+      self.attention_out_norm = norm(c.norm_eps)
+      self.mlp_out_norm = norm(c.norm_eps)
+    self.mlp: nn.Module
+    if self.kind.sparse:
+      self.mlp = moe.SparseMLP(
+        c.num_experts,
+        c.experts_per_token,
+        c.expert_size,
+        self.implementation,
+        c.activation,
+        c.normalize_router,
+        self.all_experts,
+      )
+    else:
+      self.mlp = mlp.MLP(
+        c.intermediate_size,
+        self.implementation,
+        c.activation,
+        c.gated,
+        c.mlp_bias,
+      )
 
   def __call__(
     self,
@@ -155,8 +98,10 @@ class Block(nn.Module):
     """(B, T, C) -> (B, T, C), cache. positions None: 0..T-1."""
     positions = _positions(x) if positions is None else positions
     out, cache = self.attention(self.input_norm(x), positions, cache)
-    x = x + out
-    return x + self.mlp(self.post_norm(x)), cache
+    x = x + (self.attention_out_norm(out) if self.config.out_norms else out)
+    out = self.mlp(self.post_norm(x))
+    x = x + (self.mlp_out_norm(out) if self.config.out_norms else out)
+    return x, cache
 
   def attention_output(self, x: jax.Array) -> jax.Array:
     """The attention's output from its normalised input (B, T, C)."""
@@ -172,8 +117,8 @@ class Decoder(nn.Module):
 
   Attributes:
     config: the model's shape.
-    runs: lengths of the runs of equally structured blocks, summing to L; ()
-      is one run.
+    runs: lengths of the runs of equally structured blocks of one kind, summing
+      to L; () is one run per change of kind.
     dtype: of the activations; logits are always float32.
     implementation: matmul of the linears; None picks.
   """
@@ -185,7 +130,12 @@ class Decoder(nn.Module):
 
   def setup(self):
     c = self.config
-    self.embed = embed.Embed(c.vocab_size, c.hidden_size)
+    self.embed = embed.Embed(
+      c.vocab_size,
+      c.hidden_size,
+      c.embed_scale,
+      c.max_position if c.learned_positions else 0,
+    )
     self.blocks = [
       nn.scan(
         Block,
@@ -194,10 +144,11 @@ class Decoder(nn.Module):
         in_axes=(nn.broadcast, 0),
         out_axes=0,
         length=length,
-      )(c, self.implementation)
-      for length in self.runs or (c.num_layers,)
+      )(c, self.implementation, kind)
+      for length, kind in _kinds_of(c, self.runs)
     ]
-    self.final_norm = norms.RMSNorm(c.norm_eps)
+    norm = norms.RMSNorm if c.norm == 'rms' else norms.LayerNorm
+    self.final_norm = norm(c.norm_eps)
     if not c.tie_embeddings:
       self.head = linear.QuantDense(c.vocab_size)
 
@@ -218,7 +169,7 @@ class Decoder(nn.Module):
     caches: Caches | None = None,
   ) -> tuple[jax.Array, Caches | None]:
     """tokens (B, T) -> last block's output (B, T, C), caches."""
-    x = self.embed_tokens(tokens)
+    x = self.embed_tokens(tokens, positions)
     positions = _positions(x) if positions is None else positions
     out: list[Any] = []
     for i, run in enumerate(self.blocks):
@@ -226,73 +177,129 @@ class Decoder(nn.Module):
       out.append(cache)
     return x, None if caches is None else tuple(out)
 
-  def embed_tokens(self, tokens: jax.Array) -> jax.Array:
+  def embed_tokens(
+    self, tokens: jax.Array, positions: jax.Array | None = None
+  ) -> jax.Array:
     """tokens (B, T) -> the first block's input (B, T, C)."""
-    return self.embed(tokens).astype(self.dtype)
+    return self.embed(tokens, positions).astype(self.dtype)
 
   def logits(self, x: jax.Array) -> jax.Array:
     """Last block's output (..., C) -> logits (..., V) float32."""
     x = self.final_norm(x)
     if self.config.tie_embeddings:
-      return self.embed.attend(x)
-    return self.head(x).astype(jnp.float32)
+      logits = self.embed.attend(x)
+    else:
+      logits = self.head(x).astype(jnp.float32)
+    cap = self.config.logit_softcap
+    return logits if cap is None else cap * jnp.tanh(logits / cap)
 
 
 def block_spec(
-  config: DecoderConfig, implementation: str | None = None
+  config: DecoderConfig, i: int = 0, implementation: str | None = None
 ) -> blocks.BlockSpec:
-  """What a block of this model tells the calibration."""
+  """What block i of this model tells the calibration.
+
+  No site goes through a norm on an output (Gemma) or, without a gate, through
+  an activation other than ReLU, which a positive scale passes.
+  """
+  kind = config.kind(i)
   qkv = tuple(f'attention/{n}_proj' for n in 'qkv')
-  gate_up = ('mlp/gate_proj', 'mlp/up_proj')
-  o, down = 'attention/o_proj', 'mlp/down_proj'
-  repeats = config.num_heads // config.num_kv_heads
+  o = 'attention/o_proj'
+  mlps, router = ['mlp'], []
+  if kind.sparse:
+    mlps = [f'mlp/expert_{e}' for e in range(config.num_experts)]
+    router = ['mlp/router']  # Reads the norm too; it stays float.
+  names = ('gate_proj', 'up_proj') if config.gated else ('up_proj',)
+  read = {path: tuple(f'{path}/{name}' for name in names) for path in mlps}
+  downs = tuple(f'{path}/down_proj' for path in mlps)
+  post_readers = (*router, *(path for paths in read.values() for path in paths))
+  groups = [qkv, (o,)]
+  for path, down in zip(mlps, downs, strict=True):
+    groups += [read[path], (down,)]
+  sites = [
+    blocks.Site(
+      producer='input_norm', consumers=qkv, method='attention_output'
+    ),
+    blocks.Site(
+      producer='attention/v_proj',
+      consumers=(o,),
+      heads=(
+        config.num_kv_heads,
+        config.num_heads // config.num_kv_heads,
+        config.head_dim,
+      ),
+    ),
+    blocks.Site(
+      producer='post_norm',
+      consumers=post_readers,
+      method='mlp_output',
+      tap='mlp/in' if kind.sparse else '',
+    ),
+  ]
+  if config.gated or config.activation == 'relu':
+    sites += [
+      blocks.Site(producer=f'{path}/up_proj', consumers=(down,))
+      for path, down in zip(mlps, downs, strict=True)
+    ]
   return blocks.BlockSpec(
-    module=Block(config, implementation),
+    module=Block(config, implementation, kind),
     linears=tuple(
       blocks.Linear(path=path, tap=f'{group[0]}/in')
-      for group in (qkv, (o,), gate_up, (down,))
+      for group in groups
       for path in group
     ),
-    sites=(
-      blocks.Site(
-        producer='input_norm', consumers=qkv, method='attention_output'
-      ),
-      blocks.Site(
-        producer='attention/v_proj',
-        consumers=(o,),
-        heads=(config.num_kv_heads, repeats, config.head_dim),
-      ),
-      blocks.Site(producer='post_norm', consumers=gate_up, method='mlp_output'),
-      blocks.Site(producer='mlp/up_proj', consumers=(down,)),
-    ),
-    residual_out=(o, down),
-    norms=(('input_norm', qkv), ('post_norm', gate_up)),
-    rotated=(o, down),
+    sites=tuple(sites),
+    residual_out=(o, *downs),
+    norms=(('input_norm', qkv), ('post_norm', post_readers)),
+    rotated=(o, *downs),
+    unrotatable=_why_not_rotated(config),
+    coverage='mlp/routed' if kind.sparse else '',
   )
+
+
+def _why_not_rotated(config: DecoderConfig) -> str:
+  """Why the residual stream cannot be rotated; '' if it can."""
+  if config.norm != 'rms':
+    return (
+      'its norms are LayerNorms, which take off a mean over channels that a '
+      'rotation mixes'
+    )
+  if config.out_norms:
+    return (
+      'norms with scales stand between its linears and the residual stream, '
+      'and those do not commute with a rotation'
+    )
+  return ''
 
 
 def sharding_rules(config: DecoderConfig, shards: int) -> mesh_lib.Rules:
   """How the parameters lie on `shards` devices of the `model` axis.
 
-  Megatron's layout: columns of q, k, v, gate, up and head, rows of o and down,
-  one all-reduce behind each pair. Attention is replicated where the heads do
-  not divide, so that no head is split.
+  Megatron's layout: columns of q, k, v, gate, up and head with their biases,
+  rows of o and down, one all-reduce behind each pair; the same inside every
+  expert. Attention is replicated where the heads do not divide, so that no head
+  is split. Norms, router, positions and the biases of o and down are whole.
 
   Raises:
-    ValueError: intermediate_size does not divide.
+    ValueError: intermediate_size or expert_size does not divide.
   """
-  if config.intermediate_size % shards:
-    raise ValueError(
-      f'mesh model:{shards}: intermediate_size={config.intermediate_size} is '
-      f'not a multiple of {shards}; choose a model size that divides it.'
-    )
+  for name in ('intermediate_size', 'expert_size'):
+    if getattr(config, name) % shards:
+      raise ValueError(
+        f'mesh model:{shards}: {name}={getattr(config, name)} is not a '
+        f'multiple of {shards}; choose a model size that divides it.'
+      )
+  whole = PartitionSpec()
   columns, rows = PartitionSpec(None, 'model'), PartitionSpec('model', None)
+  column_bias = PartitionSpec('model')
   heads = config.num_kv_heads % shards == 0
   return (
-    (r'attention/[qkv]_proj/kernel', columns if heads else PartitionSpec()),
-    (r'attention/o_proj/kernel', rows if heads else PartitionSpec()),
-    (r'mlp/(gate|up)_proj/kernel', columns),
-    (r'mlp/down_proj/kernel', rows),
+    (r'attention/[qkv]_proj/kernel', columns if heads else whole),
+    (r'attention/[qkv]_proj/bias', column_bias if heads else whole),
+    (r'attention/o_proj/kernel', rows if heads else whole),
+    (r'mlp/(expert_\d+/)?(gate|up)_proj/kernel', columns),
+    (r'mlp/(expert_\d+/)?(gate|up)_proj/bias', column_bias),
+    (r'mlp/(expert_\d+/)?down_proj/kernel', rows),
     (r'embed/embedding', rows),
     (r'head/kernel', columns),
   )
@@ -313,31 +320,39 @@ def init_caches(
     )
     return jax.tree.map(lambda a: jnp.stack([a] * length), cache)
 
-  return tuple(stacked(length) for length in runs or (config.num_layers,))
+  return tuple(stacked(length) for length in runs or config.kind_runs())
 
 
 def stack(
-  outside: Params, block_variables: Sequence[Params]
+  outside: Params,
+  block_variables: Sequence[Params],
+  kinds: Sequence[Any] | None = None,
 ) -> tuple[Params, tuple[int, ...]]:
   """One variables tree of a Decoder from its parts.
 
   Args:
     outside: params outside the blocks.
     block_variables: {'params', 'quant'} of each block, in order.
+    kinds: what must be equal of blocks in one run beside their structure, one
+      per block (block_spec gives such a thing); None: all are alike.
 
   Returns:
     {'params', 'quant'} with equal neighbours stacked, and the runs' lengths.
   """
   runs: list[list[Params]] = []
-  for variables in block_variables:
+  kinds = [None] * len(block_variables) if kinds is None else kinds
+  before: Any = None
+  for variables, kind in zip(block_variables, kinds, strict=True):
     variables = {
       'params': variables['params'],
       'quant': variables.get('quant', {}),
     }
-    if runs and _structure(runs[-1][0]) == _structure(variables):
+    alike = runs and _structure(runs[-1][0]) == _structure(variables)
+    if alike and kind == before:
       runs[-1].append(variables)
     else:
       runs.append([variables])
+    before = kind
   params: dict[str, Any] = dict(outside)
   quant: dict[str, Any] = {}
   for i, run in enumerate(runs):
@@ -345,6 +360,23 @@ def stack(
     params[f'blocks_{i}'] = stacked['params']
     quant[f'blocks_{i}'] = stacked['quant']
   return {'params': params, 'quant': quant}, tuple(len(run) for run in runs)
+
+
+def _kinds_of(
+  config: DecoderConfig, runs: tuple[int, ...]
+) -> list[tuple[int, BlockKind]]:
+  """(length, kind) of every run."""
+  out, start = [], 0
+  for length in runs or config.kind_runs():
+    kinds = {config.kind(i) for i in range(start, start + length)}
+    if len(kinds) > 1:
+      raise ValueError(
+        f'Decoder: blocks {start}..{start + length - 1} are one run but of '
+        'different kinds; pass decoder.stack the kinds of the blocks.'
+      )
+    out.append((length, kinds.pop()))
+    start += length
+  return out
 
 
 def _structure(tree: Params) -> Any:

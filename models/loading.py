@@ -13,39 +13,67 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tokenizers
 from jax.sharding import Mesh
 
 from jaxq.io import checkpoint, sources
 from jaxq.nn import blocks, taps
 from jaxq.parallel import mesh as mesh_lib
-from models import decoder
+from models import decoder, encoder, vit, whisper
+from models import family as family_lib
 
 Params = Mapping[str, Any]
 DTYPES = ('bfloat16', 'float32')
+
+
+def _embed_tokens(
+  config: decoder.DecoderConfig, outside: Params, tokens: jax.Array
+) -> Any:
+  module = decoder.Decoder(config)
+  return module.apply({'params': outside}, tokens, method='embed_tokens')
+
+
+# What a manifest and a weight source call a family. A new one is one line here.
+FAMILIES: dict[str, family_lib.Family] = {
+  'decoder': family_lib.Family(
+    config=decoder.DecoderConfig.from_hf,
+    build=lambda config, runs, dtype: decoder.Decoder(config, runs, dtype),
+    block_spec=decoder.block_spec,
+    embed=_embed_tokens,
+    rules=decoder.sharding_rules,
+    config_of=lambda config, outside: dataclasses.replace(
+      config, tie_embeddings='head' not in outside
+    ),
+  ),
+  'encoder': encoder.FAMILY,
+  'vit': vit.FAMILY,
+  'whisper': whisper.FAMILY,
+}
 
 
 @dataclasses.dataclass
 class Model:
   """A model in memory.
 
-  module.apply(variables, tokens (B, T)) -> (logits (B, T, V) float32, None).
+  module.apply(variables, tokens (B, T)) -> (logits (B, T, V) float32, None) of
+  a decoder; the other families say in their own files what they take and give.
 
   Attributes:
     config: its shape.
     module: the linen module over stacked blocks.
     variables: {'params', 'quant'}.
-    tokenizer: of the checkpoint.
+    tokenizer: of the checkpoint; None where the family has none (vit).
     name: the source it was loaded from.
     quantization: how it was quantized (a jaxq directory); None for float.
+    family: of FAMILIES.
   """
 
-  config: decoder.DecoderConfig
-  module: decoder.Decoder
+  config: Any
+  module: Any
   variables: Params
-  tokenizer: tokenizers.Tokenizer
+  tokenizer: Any
   name: str
   quantization: dict[str, Any] | None = None
+  family: str = 'decoder'
 
 
 @dataclasses.dataclass
@@ -56,13 +84,14 @@ class OpenModel:
     config: its shape.
     source: where its weights are (io.sources.WeightSource or a Checkpoint).
     name: the source as it was given.
-    quantization: as in Model.
+    quantization, family: as in Model.
   """
 
-  config: decoder.DecoderConfig
+  config: Any
   source: Any
   name: str
   quantization: dict[str, Any] | None = None
+  family: str = 'decoder'
 
   @property
   def num_blocks(self) -> int:
@@ -71,19 +100,18 @@ class OpenModel:
 
   @property
   def bridges(self) -> tuple[int, ...]:
-    """None: the same stream goes through all blocks."""
-    return ()
+    """The blocks in front of which `bridge` changes the carry; mostly ()."""
+    return FAMILIES[self.family].bridges(self.config)
 
   def bridge(
     self, i: int, outside: Params, carry: blocks.Carry
   ) -> blocks.Carry:
-    """Not called."""
-    raise NotImplementedError(f'{self.name} has no bridge at block {i}.')
+    """The carry in front of block i, one of `bridges`."""
+    return FAMILIES[self.family].bridge(self.config, i, outside, carry)
 
   def block_at(self, i: int) -> blocks.BlockSpec:
     """The spec of block i."""
-    del i  # All blocks are alike.
-    return decoder.block_spec(self.config)
+    return FAMILIES[self.family].block_spec(self.config, i)
 
   def outside(self) -> Params:
     """Parameters outside the blocks, on the host."""
@@ -101,34 +129,32 @@ class OpenModel:
         f'{self.name} is quantized already ({scheme}); calibration starts '
         'from a float model. Give the original source.'
       )
-    return self.source.block(i)
+    block = self.source.block(i)
+    return block.get('params', block)  # A float jaxq directory has both.
 
-  def embed(self, outside: Params, tokens: jax.Array) -> jax.Array:
-    """tokens (B, T) -> the first block's input (B, T, C)."""
-    module = decoder.Decoder(self.config_of(outside))
-    x: Any = module.apply({'params': outside}, tokens, method='embed_tokens')
-    return x
+  def embed(self, outside: Params, batch: Any) -> blocks.Carry:
+    """A batch, tokens (B, T) of a decoder -> the first block's input."""
+    config = self.config_of(outside)
+    return FAMILIES[self.family].embed(config, outside, batch)
 
-  def config_of(self, outside: Params) -> decoder.DecoderConfig:
+  def config_of(self, outside: Params) -> Any:
     """The config of a model with these parameters outside its blocks."""
-    return dataclasses.replace(
-      self.config, tie_embeddings='head' not in outside
-    )
+    return FAMILIES[self.family].config_of(self.config, outside)
 
   def rules(self, mesh: Mesh) -> mesh_lib.Rules:
     """How its parameters are sharded."""
-    return decoder.sharding_rules(self.config, mesh.shape['model'])
+    return FAMILIES[self.family].rules(self.config, mesh.shape['model'])
 
   def description(self) -> dict[str, Any]:
     """What a manifest says of the model."""
-    return {'family': 'decoder', 'config': dict(self.source.config)}
+    return {'family': self.family, 'config': dict(self.source.config)}
 
   def fingerprint(self) -> str:
     """Names the weights."""
     return self.source.fingerprint()
 
-  def tokenizer(self) -> tokenizers.Tokenizer:
-    """The checkpoint's tokenizer."""
+  def tokenizer(self) -> Any:
+    """The checkpoint's tokenizer; None where the family has none."""
     return self.source.tokenizer()
 
 
@@ -144,9 +170,16 @@ def open_model(source: str) -> OpenModel:
     opened = checkpoint.open_checkpoint(source)
     quantization = opened.quantization
   else:
-    opened, quantization = sources.open_source(source), None
-  config = decoder.DecoderConfig.from_hf(opened.config)
-  return OpenModel(config, opened, source, quantization)
+    opened = sources.open_source(source)
+    quantization = getattr(opened, 'quantization', None)
+  family = getattr(opened, 'family', 'decoder')
+  if family not in FAMILIES:
+    raise NotImplementedError(
+      f'{source}: a model of the family {family!r}; this jaxq has '
+      f'{sorted(FAMILIES)}. Upgrade jaxq to read it.'
+    )
+  config = FAMILIES[family].config(opened.config)
+  return OpenModel(config, opened, source, quantization, family)
 
 
 def load(
@@ -175,7 +208,8 @@ def load(
       parts.append({'params': opened.block_params(i), 'quant': {}})
     else:
       parts.append(opened.source.block(i))
-  variables, runs = decoder.stack(outside, parts)
+  kinds = [opened.block_at(i) for i in range(opened.num_blocks)]
+  variables, runs = decoder.stack(outside, parts, kinds)
   variables = {
     'params': cast(variables['params'], dtype),
     'quant': variables['quant'],
@@ -185,11 +219,12 @@ def load(
   config = opened.config_of(outside)
   return Model(
     config=config,
-    module=decoder.Decoder(config, runs, jnp.dtype(dtype)),
+    module=FAMILIES[opened.family].build(config, runs, jnp.dtype(dtype)),
     variables=variables,
     tokenizer=opened.tokenizer(),
     name=source,
     quantization=opened.quantization,
+    family=opened.family,
   )
 
 

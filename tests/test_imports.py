@@ -91,7 +91,7 @@ class ImportsTest(absltest.TestCase):
         for r in requirements
       }
 
-    library = names(project['dependencies'])
+    library = names(project['dependencies']) | names(extras['eval'])
     tests = library | names(extras['test'])
     self.assert_none(
       [

@@ -30,10 +30,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxq.calibrate import observers
+from jaxq.calibrate import observers, probe
 from jaxq.calibrate import steps as steps_lib
 from jaxq.nn import blocks, taps
-from jaxq.numerics import qarray
 from jaxq.parallel import mesh as mesh_lib
 from jaxq.quant import transform as transform_lib
 
@@ -92,11 +91,14 @@ class CalibrationConfig:
   batch_size: sequences per jitted call; divides the number of sequences.
   inputs: 'quantized' or 'float': which block's output feeds the next block.
   ignore: linears left in float (BlockSpec.without).
+  experts: whether the statistics of an expert are of the tokens 'routed' to it
+    or of 'all'; a report counts the routed ones either way.
   """
 
   batch_size: int = 8
   inputs: str = 'quantized'
   ignore: tuple[str, ...] = ()
+  experts: str = 'routed'
 
   def __post_init__(self):
     if self.batch_size < 1:
@@ -108,6 +110,11 @@ class CalibrationConfig:
       raise ValueError(
         f'CalibrationConfig: inputs={self.inputs!r}; allowed '
         "['float', 'quantized']."
+      )
+    if self.experts not in ('all', 'routed'):
+      raise ValueError(
+        f'CalibrationConfig: experts={self.experts!r}; allowed '
+        "['all', 'routed']."
       )
     for pattern in self.ignore:
       if pattern.startswith('re:'):
@@ -141,12 +148,19 @@ class BlockReport:
 
   output_sqnr_db: of the block's output on the first batch, quantized against
     float, both fed the same input. seconds: all of the block's work.
+  rtn_sqnr_db, stream_sqnr_db, channels: of the probe (probe.Reading).
+  expert_tokens: calibration tokens routed to each expert of a sparse block; ()
+    of others, and where the methods take no statistics.
   """
 
   index: int
   output_sqnr_db: float
   seconds: float
   linears: tuple[LinearReport, ...]
+  rtn_sqnr_db: float | None = None
+  stream_sqnr_db: float | None = None
+  channels: probe.Channels = dataclasses.field(default_factory=dict)
+  expert_tokens: tuple[int, ...] = ()
 
 
 class Calibrator:
@@ -174,6 +188,8 @@ class Calibrator:
       () if mesh is None else model.rules(mesh),
       mesh,
     )
+    self._probe = probe.Probe(model, self.steps)
+    self._expert_tokens: tuple[int, ...] = ()
 
   @property
   def compilations(self) -> dict[str, int]:
@@ -202,17 +218,23 @@ class Calibrator:
     outside: Any = self._model.outside()
     _check_finite(outside, 'outside the blocks')
     outside = self.steps.place(outside)
+    self._probe.start(outside, data)
     for stage in self.steps.stages:
       outside = jax.jit(stage.outside)(outside)
     if not store.has_outside():
       store.save_outside(jax.device_get(outside))
     xs = self._embed_all(outside, data)
+    apart = self._config.inputs == 'quantized' and self.steps.streams
+    floats = list(xs) if apart else None  # Those of the float model.
     for i in range(self._model.num_blocks):
       if i > max(self._model.bridges, default=-1):
         outside = None  # Its memory.
       if i in self._model.bridges:
         xs = [self.steps.bridge(i, outside, x) for x in xs]
-      xs = self._block(i, xs, store, on_block)
+        if floats is not None:
+          floats = [self.steps.bridge(i, outside, x) for x in floats]
+        self._probe.bridge(i)
+      xs, floats = self._block(i, xs, floats, store, on_block)
 
   def check(self, data: Any) -> None:
     """Refuses at once what `run` would only find on its way.
@@ -245,42 +267,54 @@ class Calibrator:
 
   def _spec(self, i: int) -> blocks.BlockSpec:
     """Block i, less the linears that are ignored."""
-    return self._model.block_at(i).without(self._config.ignore, i)
+    spec = self._model.block_at(i).without(self._config.ignore, i)
+    return spec.with_all_experts() if self._config.experts == 'all' else spec
 
-  def _block(self, i, xs, store, on_block) -> list[blocks.Carry]:
-    """Quantizes block i, or loads it, and returns its output.
+  def _block(self, i, xs, floats, store, on_block) -> tuple[Any, Any]:
+    """Quantizes block i, or loads it, and returns its outputs.
 
     A function of its own, so that nothing of a block outlives it.
     """
     start = time.perf_counter()
     spec = self._spec(i)
     done = store.has_block(i)
-    feed = before = None
+    before = None
     if done:
       variables = self.steps.place(store.load_block(i))
-      if self._config.inputs == 'float':
-        feed, _ = self._quantize(i, spec, xs, until_float=True)
+      if self._config.inputs == 'float' or floats is not None:
+        before, _ = self._quantize(i, spec, xs, floats, until_float=True)
     else:
-      before, variables = self._quantize(i, spec, xs)
+      before, variables = self._quantize(i, spec, xs, floats)
       store.save_block(i, jax.device_get(variables))
       variables = self.steps.place(variables)
-      feed = before
-    if self._config.inputs == 'quantized':
-      feed = variables
+    feed = variables if self._config.inputs == 'quantized' else before
     first, xs = xs[0], self._advance(i, spec, feed, xs)
-    if not done:
+    if floats is not None:
+      floats = self._advance(i, spec, before, floats)
+    if done:
+      self._probe.skip(i)
+    else:
       other: Any = before if feed is variables else variables
       y, _ = self._forward_of(other)(spec, other, first)
       pair = (y, xs[0]) if feed is variables else (xs[0], y)
+      output_sqnr_db = float(probe.sqnr(*map(blocks.stream, pair)))
+      linears = self._linear_reports(i, spec, before, variables)
+      behind = xs[0] if feed is variables else None
+      del before, feed, other, y, pair
+      reading = self._probe.read(i, variables, first, behind)
       on_block(
         BlockReport(
           index=i,
-          output_sqnr_db=float(_sqnr(*map(blocks.stream, pair))),
+          output_sqnr_db=output_sqnr_db,
           seconds=time.perf_counter() - start,
-          linears=self._linear_reports(i, spec, before, variables),
+          linears=linears,
+          rtn_sqnr_db=reading.rtn_sqnr_db,
+          stream_sqnr_db=reading.stream_sqnr_db,
+          channels=reading.channels,
+          expert_tokens=self._expert_tokens,
         )
       )
-    return xs
+    return xs, floats
 
   def _check_run(self, data: Any) -> None:
     leaves = jax.tree.leaves(data)
@@ -305,7 +339,8 @@ class Calibrator:
       for linear in self._model.block_at(i).linears
     ]
     for pattern in self._config.ignore:
-      if not any(blocks.matches(pattern, name) for name in names):
+      # The head is never quantized, and may be said so.
+      if not any(blocks.matches(pattern, n) for n in (*names, 'lm_head')):
         raise ValueError(
           f'--ignore={pattern} names no linear; allowed are names such as '
           f'{names[0]!r} or {names[-1].rsplit(".", 1)[-1]!r}, or a regular '
@@ -328,6 +363,7 @@ class Calibrator:
     i: int,
     spec: blocks.BlockSpec,
     xs: Sequence[blocks.Carry],
+    floats: Sequence[blocks.Carry] | None,
     until_float: bool = False,
   ) -> tuple[Params, Params]:
     """The block's last all-float variables, and its final ones."""
@@ -336,12 +372,21 @@ class Calibrator:
     float_variables = variables = self.steps.place(
       {'params': host, 'quant': {}}
     )
+    self._probe.take(variables)
     del host
+    self._expert_tokens = ()
     for stage, observe, apply in zip(
       self.steps.stages, self.steps.observe, self.steps.apply, strict=True
     ):
-      requests = stage.observe(spec)
+      requests = dict(stage.observe(spec))
+      if requests and spec.coverage and not self._expert_tokens:
+        requests[spec.coverage] = {'tokens': observers.mean_abs}
       stats = self._statistics(i, spec, requests, observe, variables, xs)
+      if spec.coverage in stats:
+        routed = stats.pop(spec.coverage)['tokens'].total
+        self._expert_tokens = tuple(int(n) for n in routed)
+      stage.check(f'blocks.{i}', stats)
+      stats = steps_lib.with_streams(stage, stats, xs, floats)
       solve = self.steps.place_to_solve(variables)
       arguments = (spec, solve['params'], solve['quant'], stats)
       if until_float and _quantizes(stage, *arguments):
@@ -398,29 +443,23 @@ class Calibrator:
 
   def _linear_reports(self, i, spec, before, after) -> tuple[LinearReport, ...]:
     """What became of the block's kernels."""
-    reports = []
+    reports: list[LinearReport] = []
     for linear in spec.linears:
       old = blocks.kernel_of(before['params'], linear.path)
       new = blocks.kernel_of(after['params'], linear.path)
-      if isinstance(new, qarray.QArray):
-        reports.append(
-          LinearReport(
-            name=blocks.name_of(i, linear.path),
-            size=old.size,
-            bits=float(qarray.bits_per_weight(new)),
-            sqnr_db=float(_sqnr(old, qarray.dequantize(new))),
-          )
+      if isinstance(new, jax.Array):
+        continue
+      split = taps.get_path(after['quant'], f'{linear.path}/split')
+      bits, w = probe.stored(new, split, old.shape[0])
+      reports.append(
+        LinearReport(
+          name=blocks.name_of(i, linear.path),
+          size=old.size,
+          bits=bits,
+          sqnr_db=float(probe.sqnr(old, w)),
         )
+      )
     return tuple(reports)
-
-
-@jax.jit
-def _sqnr(signal: jax.Array, approximation: jax.Array) -> jax.Array:
-  """Signal-to-noise ratio in dB."""
-  signal = signal.astype(jnp.float32)
-  noise = jnp.sum((signal - approximation.astype(jnp.float32)) ** 2)
-  power = jnp.sum(signal**2)
-  return 10 * jnp.log10(power / jnp.maximum(noise, 1e-30))
 
 
 def _states(tree: Params) -> list[Any]:

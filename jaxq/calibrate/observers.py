@@ -214,14 +214,15 @@ def sample(sequences: int) -> Request:
 
 
 def _minmax(shape: tuple[int, ...], kind: str, decay: float) -> MinMax:
-  zeros = jnp.zeros(shape[-1:], jnp.float32)
-  return MinMax(zeros, zeros, jnp.zeros(()), kind, decay)
+  # Two arrays: states are donated, and no buffer may be donated twice.
+  low, high = (jnp.zeros(shape[-1:], jnp.float32) for _ in range(2))
+  return MinMax(low, high, jnp.zeros(()), kind, decay)
 
 
 def _percentile(shape: tuple[int, ...], quantile: float) -> Percentile:
   del shape
-  zero = jnp.zeros((1,), jnp.float32)
-  return Percentile(zero, zero, jnp.zeros(()), quantile)
+  low, high = (jnp.zeros((1,), jnp.float32) for _ in range(2))
+  return Percentile(low, high, jnp.zeros(()), quantile)
 
 
 def _sample(shape: tuple[int, ...], sequences: int) -> Sample:

@@ -35,7 +35,7 @@ class SourceModel(driver.CalibrationModel, Protocol):
 
   def fingerprint(self) -> str: ...
 
-  def tokenizer(self) -> tokenizers.Tokenizer: ...
+  def tokenizer(self) -> tokenizers.Tokenizer | None: ...
 
 
 def calibrate(
@@ -86,13 +86,14 @@ def calibrate(
       return False
     on_start(sum(writer.has_block(i) for i in range(model.num_blocks)))
     calibrator.run(data, writer, on_block)
+    tokenizer = model.tokenizer()
     writer.finish(
       {
         'model': model.description(),
         'num_blocks': model.num_blocks,
         'quantization': {**settings, 'ignore': list(config.ignore)},
       },
-      model.tokenizer().to_str(),
+      None if tokenizer is None else tokenizer.to_str(),
     )
   return True
 
@@ -115,6 +116,7 @@ def fingerprint(
     'batch_size': config.batch_size,
     'inputs': config.inputs,
     'ignore': config.ignore,
+    'experts': config.experts,
     'mesh': None if mesh is None else dict(mesh.shape),
   }
   return {

@@ -24,7 +24,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
 from jaxq.nn import blocks, taps
-from jaxq.numerics import qarray
+from jaxq.numerics import binary, qarray
 from jaxq.parallel import mesh as mesh_lib
 from jaxq.quant import transform as transform_lib
 
@@ -89,6 +89,11 @@ class Steps:
     ]
 
   @property
+  def streams(self) -> bool:
+    """Whether a stage asks for the block's inputs."""
+    return any(stage.streams for stage in self.stages)
+
+  @property
   def compilations(self) -> dict[str, int]:
     """How many times each function was compiled."""
     named: dict[str, Any] = {
@@ -130,9 +135,7 @@ class Steps:
     variables: Any = {'params': params, 'quant': {}}
     for stage, apply in zip(self.stages, self.apply, strict=True):
       states = _state_shapes(stage, block, variables, carry)
-      stats = {
-        path: taps.get_path(states, path) for path in stage.observe(block)
-      }
+      stats = _stats_of(stage, block, states, carry)
       made = apply.eval_shape(block, *variables.values(), stats)
       variables = {'params': made[0], 'quant': made[1]}
 
@@ -168,9 +171,7 @@ class Steps:
         lowered[f'observe_{stage.name}'] = self.observe[i].lower(
           block, placed, x, states
         )
-      stats = {
-        path: taps.get_path(states, path) for path in stage.observe(block)
-      }
+      stats = _stats_of(stage, block, states, x)
       solve = self._abstract(variables, SOLVE_RULES)
       arguments = (block, solve['params'], solve['quant'], stats)
       lowered[f'apply_{stage.name}'] = self.apply[i].lower(*arguments)
@@ -217,6 +218,31 @@ def initial_states(
   return states
 
 
+def with_streams(
+  stage: transform_lib.Transform,
+  stats: transform_lib.Stats,
+  quantized: Sequence[blocks.Carry],
+  floats: Sequence[blocks.Carry] | None,
+) -> transform_lib.Stats:
+  """The stats of a stage; with the block's inputs, if it asks for them.
+
+  Args:
+    stage: one method.
+    stats: from its taps.
+    quantized: the batches in front of the block.
+    floats: those of the float model; None where they are the same.
+  """
+  if not stage.streams:
+    return stats
+  join: Any = lambda xs: jax.tree.map(lambda *a: jnp.concatenate(a), *xs)
+  joined = join(quantized)
+  both = {
+    'quantized': joined,
+    'float': joined if floats is None else join(floats),
+  }
+  return {**stats, transform_lib.STREAMS: both}
+
+
 def is_float(variables: Params) -> bool:
   """Whether nothing in a block is quantized yet."""
   kernels = [leaf for _, leaf in taps.leaves(variables['params'])]
@@ -226,7 +252,7 @@ def is_float(variables: Params) -> bool:
     if path.endswith('/input')
   ]
   return not inputs and not any(
-    isinstance(leaf, qarray.QArray) for leaf in kernels
+    isinstance(leaf, qarray.QArray | binary.BinaryArray) for leaf in kernels
   )
 
 
@@ -241,6 +267,19 @@ def _state_shapes(
   return jax.eval_shape(
     lambda: initial_states(block, requests, variables, carry)
   )
+
+
+def _stats_of(
+  stage: transform_lib.Transform,
+  block: blocks.BlockSpec,
+  states: Params,
+  carry: blocks.Carry,
+) -> dict[str, Any]:
+  """The stats of a stage; its streams, if it wants any, are one batch."""
+  stats: Any = {p: taps.get_path(states, p) for p in stage.observe(block)}
+  if stage.streams:
+    stats[transform_lib.STREAMS] = {'quantized': carry, 'float': carry}
+  return stats
 
 
 def _no_bridge(i: int, outside: Params, carry: blocks.Carry) -> blocks.Carry:

@@ -45,6 +45,8 @@ class LanguageModel:
   init_caches: (batch, capacity) -> empty caches.
   max_position: the longest sequence the model can take.
   stop_ids: every id that ends a text (chat models have several).
+  first_head: the head of the first new token, where it is another one (a
+    speech model must not begin with the end); None: `head`.
   """
 
   forward: Callable[..., tuple[jax.Array, Any]]
@@ -52,6 +54,7 @@ class LanguageModel:
   init_caches: Callable[[int, int], Any]
   max_position: int
   stop_ids: tuple[int, ...] = ()
+  first_head: Callable[[Any, jax.Array], jax.Array] | None = None
 
 
 @flax.struct.dataclass
@@ -219,13 +222,13 @@ def _check(model, prompts, max_new_tokens: int, capacity: int | None) -> int:
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _prefill(model, sampling, capacity, variables, keys, tokens, lengths):
   B, P = tokens.shape
-  positions = jnp.broadcast_to(jnp.arange(P)[None], (B, P))
+  # Padding repeats a row's last position: rope.Scaling may follow the largest.
+  positions = jnp.minimum(jnp.arange(P)[None], lengths[:, None] - 1)
   caches = model.init_caches(B, capacity)
   x, caches = model.forward(variables, tokens, positions, caches)
   last = jnp.take_along_axis(x, lengths[:, None, None] - 1, axis=1)[:, 0]
-  token = sampling_lib.sample(
-    model.head(variables, last), keys, lengths, sampling
-  )
+  head = model.first_head or model.head
+  token = sampling_lib.sample(head(variables, last), keys, lengths, sampling)
   return State(
     anchor=token,
     length=lengths,

@@ -44,9 +44,9 @@ def run(
   for start in range(0, num, size):
     rows = np.arange(start, start + size)
     batch = tokens[np.where(rows < num, rows, 0)].astype(np.int32)  # (B, T)
-    out = function(_place(batch, mesh))
+    out = function(place(batch, mesh))
     kept = min(size, num - start)
-    outputs.append(jax.tree.map(lambda a, kept=kept: _fetch(a)[:kept], out))
+    outputs.append(jax.tree.map(lambda a, kept=kept: fetch(a)[:kept], out))
     if progress is not None:
       progress(start + kept, num)
   return jax.tree.map(lambda *parts: np.concatenate(parts), *outputs)
@@ -67,7 +67,8 @@ def replicate(variables: Any, mesh: jax.sharding.Mesh | None) -> Any:
   return jax.tree.map(place, variables)
 
 
-def _place(batch: np.ndarray, mesh: jax.sharding.Mesh | None) -> jax.Array:
+def place(batch: np.ndarray, mesh: jax.sharding.Mesh | None) -> jax.Array:
+  """Puts a batch whose rows are shared out over 'data'; None: one device."""
   if mesh is None:
     return jax.numpy.asarray(batch)
   sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(_AXIS))
@@ -76,7 +77,8 @@ def _place(batch: np.ndarray, mesh: jax.sharding.Mesh | None) -> jax.Array:
   )
 
 
-def _fetch(array: jax.Array) -> np.ndarray:
+def fetch(array: jax.Array) -> np.ndarray:
+  """The whole array on the host, on every process."""
   if not array.is_fully_addressable:
     return multihost_utils.process_allgather(array, tiled=True)
   return np.asarray(array)

@@ -115,14 +115,16 @@ class Writer:
     """Block i as it was saved, with numpy arrays."""
     return trees.load(self.directory / _block_name(i))
 
-  def finish(self, manifest_extra: dict[str, Any], tokenizer_json: str) -> None:
+  def finish(
+    self, manifest_extra: dict[str, Any], tokenizer_json: str | None
+  ) -> None:
     """Writes the tokenizer and the manifest: the directory is complete.
 
     Args:
       manifest_extra: must hold 'model' ({'family': ..., 'config': {...}}) and
         'quantization'; 'num_blocks' if the config has no
         'num_hidden_layers'; what else it holds is kept.
-      tokenizer_json: the text of tokenizer.json.
+      tokenizer_json: the text of tokenizer.json; None for a model without.
 
     Raises:
       ValueError: a block, the outside or a key of the manifest is missing.
@@ -147,9 +149,10 @@ class Writer:
         files[f'{name}/{path}'] = record
       files[f'{name}/{trees.STRUCTURE}'] = manifest_lib.file_record(structure)
     with _explain_full_disk(f'the manifest of {self.directory}'):
-      tokenizer = self.directory / TOKENIZER
-      manifest_lib.write_text(tokenizer, tokenizer_json)
-      files[TOKENIZER] = manifest_lib.file_record(tokenizer)
+      if tokenizer_json is not None:
+        tokenizer = self.directory / TOKENIZER
+        manifest_lib.write_text(tokenizer, tokenizer_json)
+        files[TOKENIZER] = manifest_lib.file_record(tokenizer)
       manifest_lib.write_json(
         self.directory / manifest_lib.MANIFEST,
         manifest_extra
@@ -294,12 +297,17 @@ class Checkpoint:
     return self.manifest['model']['config']
 
   @property
+  def family(self) -> str:
+    """Of models.loading.FAMILIES."""
+    return self.manifest['model'].get('family', 'decoder')
+
+  @property
   def num_blocks(self) -> int:
     return self.manifest['num_blocks']
 
   @property
-  def quantization(self) -> dict[str, Any]:
-    """The scheme and method, as the run that wrote it described them."""
+  def quantization(self) -> dict[str, Any] | None:
+    """The scheme and method, as the run that wrote it said; None: float."""
     return self.manifest['quantization']
 
   @property
@@ -319,8 +327,10 @@ class Checkpoint:
       )
     return trees.load(self.directory / _block_name(i))
 
-  def tokenizer(self) -> tokenizers.Tokenizer:
-    return tokenizers.Tokenizer.from_file(str(self.directory / TOKENIZER))
+  def tokenizer(self) -> tokenizers.Tokenizer | None:
+    """The model's tokenizer; None where it has none."""
+    path = self.directory / TOKENIZER
+    return tokenizers.Tokenizer.from_file(str(path)) if path.exists() else None
 
   def fingerprint(self) -> str:
     """Names the contents: the manifest holds the checksum of every file."""

@@ -5,28 +5,29 @@ then dropped; tensors are read by offset, so that memory is O(one block) and
 pages of earlier blocks do not stay mapped. Quantized types are dequantized to
 float32 by `gguf.quants`; whoever compares against them must say so.
 
-GGUF stores the q and k projections of Llama with rotary pairs interleaved,
-(x0, y0, x1, y1, ...) in each head; ours is the half-split order
-(x0, x1, ..., y0, y1, ...), so their rows are permuted back.
+Where tensors stand is jaxq.io.architectures' matter, what the metadata means
+jaxq.io.gguf_config's. Files of the architecture llama hold the q and k
+projections with rotary pairs interleaved, (x0, y0, x1, y1, ...) in each head;
+ours is the half-split order (x0, x1, ..., y0, y1, ...), so their rows are
+permuted back. All other architectures store them as Hugging Face does.
 """
 
 import dataclasses
+import math
 import pathlib
-from typing import Any
+from collections.abc import Iterable
 
 import gguf
 import numpy as np
 import tokenizers
 
-from jaxq.io import files, llama
+from jaxq.io import architectures, files, gguf_config
 from jaxq.io import tokenizer as tokenizer_lib
 
-ARCHITECTURES = ('llama',)
 TYPES = (
   *('F32', 'F16', 'BF16', 'Q8_0', 'Q4_0', 'Q4_1', 'Q5_0', 'Q5_1'),
   *('Q4_K', 'Q5_K', 'Q6_K'),
 )
-_OPTIONAL = ('bos_token_id', 'eos_token_id', 'head_dim')
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -56,28 +57,33 @@ class GgufSource:
   def __init__(self, path: str | pathlib.Path):
     self.path = pathlib.Path(path)
     self.metadata, self.tensors, self._header_nbytes = _read_header(self.path)
-    self.config = _config(self.metadata, self.tensors, self.path)
-    found = set(self.tensors)
-    if self.config['tie_word_embeddings']:
-      found.discard('output.weight')
-    llama.check_names(found, self.config, 'gguf', str(self.path))
-    for name, entry in llama.every_name(self.config, 'gguf').items():
+    self.config = gguf_config.read(
+      self.metadata,
+      {name: info.shape for name, info in self.tensors.items()},
+      lambda name: self._rows(name, 0, 1)[0],
+      str(self.path),
+    )
+    found = set(self.tensors) - set(gguf_config.ROPE_TENSORS)
+    where = str(self.path)
+    architectures.check_names(found, self.config, 'gguf', where)
+    expected = architectures.every_tensor(self.config, 'gguf')
+    for name, tensor in expected.items():
       info = self.tensors[name]
       if info.type not in TYPES:
         raise NotImplementedError(
           f'{self.path}: tensor {name} has GGUF type {info.type}; allowed are '
           f'{sorted(TYPES)}. Convert the file to one of these types.'
         )
-      llama.check_shape(name, info.shape, entry, self.config, str(self.path))
+      architectures.check_shape(info.shape, tensor, where)
 
   def outside(self) -> dict:
     """Embedding, final norm and untied head, float32; read on each call."""
-    return self._read(llama.outside(self.config), None)
+    return self._read(architectures.outside(self.config))
 
   def block(self, i: int) -> dict:
     """Parameters of block i, float32; read on each call."""
-    llama.check_block(i, self.config, str(self.path))
-    return self._read(llama.BLOCK, i)
+    architectures.check_block(i, self.config, str(self.path))
+    return self._read(architectures.block(self.config, i))
 
   def tokenizer(self) -> tokenizers.Tokenizer:
     """The tokenizer rebuilt from the file's metadata."""
@@ -90,39 +96,63 @@ class GgufSource:
     entry = (self.path.name, self.path, self._header_nbytes)
     return files.fingerprint([entry], self.config)
 
-  def _read(self, entries, i: int | None) -> dict:
+  def _read(self, entries: Iterable[architectures.Entry]) -> dict:
     params: dict = {}
     for entry in entries:
-      name = entry.gguf.format(i=i)
-      array = self._tensor(name)
-      if entry.path[-2] in ('q_proj', 'k_proj'):
-        array = half_split(array, array.shape[0] // self.config['head_dim'])
-      llama.place(params, entry, array, f'{self.path}: tensor {name}')
+      place = entry.gguf
+      assert place is not None  # These architectures have GGUF names.
+      leaf = self._leaf(place, entry.shape)
+      if interleaved(entry.path, self.metadata['general.architecture']):
+        leaf = half_split(leaf, leaf.shape[0] // self.config['head_dim'])
+      where = f'{self.path}: tensor {place.name}'
+      architectures.place(params, entry, leaf, where)
     return params
 
-  def _tensor(self, name: str) -> np.ndarray:
-    """One tensor dequantized to float32, shape (out, in)."""
+  def _leaf(
+    self, place: architectures.Tensor, shape: tuple[int, ...]
+  ) -> np.ndarray:
+    """The leaf's own part of its tensor, float32, shape (out, in)."""
+    if len(shape) == 1:
+      return place.leaf(self._rows(place.name, 0, 1)[0], shape)
+    first = (place.index or 0) * place.shape[-2] + place.start
+    return self._rows(place.name, first, shape[0])
+
+  def _rows(self, name: str, first: int, count: int) -> np.ndarray:
+    """Rows of a tensor seen as (rows, in), dequantized to float32."""
     info = self.tensors[name]
-    raw = np.fromfile(self.path, np.uint8, info.nbytes, offset=info.offset)
-    if raw.size != info.nbytes:
+    size = info.nbytes // math.prod(info.shape[:-1])  # Bytes of a row.
+    raw = np.fromfile(
+      self.path, np.uint8, count * size, offset=info.offset + first * size
+    )
+    if raw.size != count * size:
       raise ValueError(
-        f'{self.path}: tensor {name} has {raw.size} of {info.nbytes} bytes; '
+        f'{self.path}: tensor {name} has {raw.size} of {count * size} bytes; '
         'the file was cut or changed while in use. Fetch it again.'
       )
+    raw = raw.reshape(count, size)
     if info.type in ('F32', 'F16'):
       values = raw.view(np.float32 if info.type == 'F32' else np.float16)
     else:
       kind = gguf.GGMLQuantizationType[info.type]
-      rows = raw.reshape(int(np.prod(info.shape[:-1])), -1)
-      values = gguf.quants.dequantize(rows, kind)
-    return values.astype(np.float32).reshape(info.shape)
+      values = gguf.quants.dequantize(raw, kind)
+    return values.astype(np.float32)
+
+
+def interleaved(path: tuple[str, ...], arch: str) -> bool:
+  """Whether files of `arch` hold this leaf with rotary pairs interleaved."""
+  return arch == 'llama' and path[-2] in ('q_proj', 'k_proj')
 
 
 def half_split(w: np.ndarray, heads: int) -> np.ndarray:
-  """Rows of (heads * D, C) from interleaved to half-split rotary order."""
-  out, C = w.shape
-  w = w.reshape(heads, out // heads // 2, 2, C)  # (H, D/2, pair, C)
-  return w.swapaxes(1, 2).reshape(out, C)
+  """Rows of (heads * D, ...) from interleaved to half-split rotary order."""
+  pairs = w.reshape(heads, w.shape[0] // heads // 2, 2, -1)  # (H, D/2, 2, C)
+  return pairs.swapaxes(1, 2).reshape(w.shape)
+
+
+def interleave(w: np.ndarray, heads: int) -> np.ndarray:
+  """`half_split` inverted."""
+  halves = w.reshape(heads, 2, w.shape[0] // heads // 2, -1)  # (H, 2, D/2, C)
+  return halves.swapaxes(1, 2).reshape(w.shape)
 
 
 def _read_header(path: pathlib.Path):
@@ -163,67 +193,3 @@ def _read_header(path: pathlib.Path):
       nbytes=int(t.n_bytes),
     )
   return metadata, tensors, int(reader.data_offset)
-
-
-def _config(metadata: dict, tensors: dict, path: pathlib.Path) -> dict:
-  """The metadata of a GGUF file in Hugging Face key names."""
-  arch = metadata.get('general.architecture')
-  if arch not in ARCHITECTURES:
-    raise NotImplementedError(
-      f'{path}: architecture {arch!r}; allowed are {sorted(ARCHITECTURES)}. '
-      'Use a model of one of these.'
-    )
-
-  def get(key: str, default: Any = None) -> Any:
-    return metadata.get(f'{arch}.{key}', default)
-
-  scaling = get('rope.scaling.type', 'none')
-  if scaling != 'none' or 'rope_freqs.weight' in tensors:
-    raise NotImplementedError(
-      f'{path}: uses scaled rotary frequencies (rope.scaling.type={scaling!r},'
-      f' rope_freqs.weight {"" if "rope_freqs.weight" in tensors else "not "}'
-      'present); allowed is none. Use a model without rope scaling.'
-    )
-  if get('expert_count', 0):
-    raise NotImplementedError(
-      f'{path}: has {get("expert_count")} experts; allowed are dense models '
-      'only. Use a model without mixture of experts.'
-    )
-  embedding = tensors.get('token_embd.weight')
-  config = {
-    'model_type': 'llama',
-    'vocab_size': get('vocab_size', embedding and embedding.shape[0]),
-    'hidden_size': get('embedding_length'),
-    'intermediate_size': get('feed_forward_length'),
-    'num_hidden_layers': get('block_count'),
-    'num_attention_heads': get('attention.head_count'),
-    'num_key_value_heads': get(
-      'attention.head_count_kv', get('attention.head_count')
-    ),
-    'rope_theta': float(get('rope.freq_base', 10000.0)),
-    'rms_norm_eps': get('attention.layer_norm_rms_epsilon'),
-    'max_position_embeddings': get('context_length'),
-    'tie_word_embeddings': 'output.weight' not in tensors,
-    'hidden_act': 'silu',
-    'bos_token_id': metadata.get('tokenizer.ggml.bos_token_id'),
-    'eos_token_id': metadata.get('tokenizer.ggml.eos_token_id'),
-    'head_dim': get('attention.key_length'),
-  }
-  missing = sorted(
-    key
-    for key, value in config.items()
-    if value is None and key not in _OPTIONAL
-  )
-  if missing:
-    raise ValueError(
-      f'{path}: the metadata lacks {missing}; a llama file must give them. '
-      'Convert the model again.'
-    )
-  llama.check_config(config, str(path))
-  for key in ('rope.dimension_count', 'attention.value_length'):
-    if get(key, config['head_dim']) != config['head_dim']:
-      raise NotImplementedError(
-        f'{path}: {arch}.{key}={get(key)}, head size {config["head_dim"]}; '
-        'allowed is the same number. Use a model that rotates whole heads.'
-      )
-  return config

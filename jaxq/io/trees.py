@@ -28,7 +28,7 @@ import orbax.checkpoint as ocp
 
 from jaxq.io import manifest as manifest_lib
 from jaxq.nn import linear
-from jaxq.numerics import qarray
+from jaxq.numerics import binary, fpx, qarray
 from jaxq.numerics import spec as spec_lib
 
 STRUCTURE = 'structure.json'
@@ -57,10 +57,49 @@ NODE_TYPES: dict[str, NodeType] = {
     arrays=('qvalue', 'scale', 'zero_point', 'tensor_scale'),
     static={'spec': _SPEC, 'shape': _TUPLE},
   ),
+  'BinaryArray': NodeType(
+    cls=binary.BinaryArray,
+    arrays=(
+      'bits',
+      'alpha',
+      'mu',
+      'r',
+      'order',
+      'salient',
+      'scale',
+      'zero_point',
+    ),
+    static={'salient_bits': _PLAIN, 'shape': _TUPLE},
+  ),
   'ActQuant': NodeType(
     cls=linear.ActQuant,
     arrays=('scale', 'zero_point'),
     static={'spec': _SPEC},
+  ),
+  'StepInput': NodeType(
+    cls=linear.StepInput,
+    arrays=(),
+    static={'spec': _SPEC},
+  ),
+  'FpxInput': NodeType(
+    cls=linear.FpxInput,
+    arrays=('scale', 'man_bits', 'shift'),
+    static={'spec': _SPEC, 'restore': _PLAIN},
+  ),
+  'FpxArray': NodeType(
+    cls=fpx.FpxArray,
+    arrays=('qvalue', 'scale', 'man_bits', 'row_shift'),
+    static={'spec': _SPEC, 'shape': _TUPLE},
+  ),
+  'SplitInput': NodeType(
+    cls=linear.SplitInput,
+    arrays=('src', 'offset'),
+    static={'spec': _SPEC},
+  ),
+  'LowRank': NodeType(
+    cls=linear.LowRank,
+    arrays=('a', 'b'),
+    static={},
   ),
   'OnlineHadamard': NodeType(
     cls=linear.OnlineHadamard,

@@ -58,14 +58,47 @@ def append(
 
 
 def attend(
-  cache: ContiguousCache, q: jax.Array, positions: jax.Array
+  cache: ContiguousCache,
+  q: jax.Array,
+  positions: jax.Array,
+  *,
+  scale: float | None = None,
+  window: int | None = None,
+  softcap: float | None = None,
 ) -> jax.Array:
-  """Causal attention of q (B, T, H, D) at `positions` (B, T) over the cache."""
-  S = cache.capacity
-  mask = jnp.arange(S)[None, None] <= positions[:, :, None]  # (B, T, S)
-  return jax.nn.dot_product_attention(
-    q, cache.k.astype(q.dtype), cache.v.astype(q.dtype), mask=mask[:, None]
+  """Causal attention over the cache; scores and softmax in float32.
+
+  Args:
+    cache: holds the tokens of q already.
+    q: (B, T, H, D).
+    positions: (B, T) int32, of q.
+    scale: of the scores; None is 1 / sqrt(D).
+    window: keys a query sees, itself counted; None is all before it.
+    softcap: scores become softcap * tanh(scores / softcap); None leaves them.
+
+  Returns:
+    (B, T, H, D) in q.dtype.
+  """
+  slots = jnp.arange(cache.capacity)[None, None]  # (1, 1, S)
+  mask = slots <= positions[:, :, None]  # (B, T, S)
+  if window is not None:
+    mask &= slots > positions[:, :, None] - window
+  k, v = cache.k.astype(q.dtype), cache.v.astype(q.dtype)
+  if softcap is None:
+    return jax.nn.dot_product_attention(
+      q, k, v, mask=mask[:, None], scale=scale
+    )
+  B, T, H, D = q.shape
+  Hkv = k.shape[2]
+  q = q.reshape(B, T, Hkv, H // Hkv, D)
+  scores = jnp.einsum(
+    'btkgd,bskd->bkgts', q, k, preferred_element_type=jnp.float32
   )
+  scores = scores * (D**-0.5 if scale is None else scale)
+  scores = softcap * jnp.tanh(scores / softcap)
+  scores = jnp.where(mask[:, None, None], scores, -jnp.inf)
+  weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+  return jnp.einsum('bkgts,bskd->btkgd', weights, v).reshape(B, T, H, D)
 
 
 def nbytes(cache: ContiguousCache) -> int:

@@ -1,10 +1,13 @@
-"""Grouped-query self-attention with rotary positions."""
+"""Grouped-query self-attention: rotary or no positions, windows, QK-norms."""
+
+from typing import Any
 
 import jax
 from flax import linen as nn
 
 from jaxq.kvcache import contiguous
-from jaxq.nn import causal, linear, rope
+from jaxq.nn import causal, linear, matmul, norms
+from jaxq.nn import rope as rope_lib
 
 
 class Attention(nn.Module):
@@ -12,15 +15,29 @@ class Attention(nn.Module):
 
   Attributes:
     num_heads, num_kv_heads, head_dim: H, Hkv, D; Hkv divides H.
-    rope_theta: base of the rotary frequencies.
+    rope: rotary positions; None where the model has others.
     implementation: matmul of the projections; None picks.
+    qkv_bias, o_bias: which projections have biases.
+    qk_norm: whether each head of q and of k passes an RMSNorm, before the
+      positions.
+    norm_eps: of these norms.
+    scale: of the scores; None is 1 / sqrt(D).
+    window: keys a query sees, itself counted; None is all before it.
+    softcap: scores become softcap * tanh(scores / softcap); None leaves them.
   """
 
   num_heads: int
   num_kv_heads: int
   head_dim: int
-  rope_theta: float = 10000.0
+  rope: rope_lib.Rope | None = rope_lib.Rope()
   implementation: str | None = None
+  qkv_bias: bool = False
+  o_bias: bool = False
+  qk_norm: bool = False
+  norm_eps: float = 1e-6
+  scale: float | None = None
+  window: int | None = None
+  softcap: float | None = None
 
   @nn.compact
   def __call__(
@@ -33,19 +50,33 @@ class Attention(nn.Module):
     B, T, C = x.shape
     H, Hkv, D = self.num_heads, self.num_kv_heads, self.head_dim
 
-    def dense(features, name):
+    def dense(features, name, use_bias):
       return linear.QuantDense(
-        features, implementation=self.implementation, name=name
+        features, use_bias, implementation=self.implementation, name=name
       )
 
-    q = dense(H * D, 'q_proj')(x).reshape(B, T, H, D)
-    k = dense(Hkv * D, 'k_proj')(x).reshape(B, T, Hkv, D)
-    v = dense(Hkv * D, 'v_proj')(x).reshape(B, T, Hkv, D)
-    q = rope.rotate(q, positions, self.rope_theta)
-    k = rope.rotate(k, positions, self.rope_theta)
+    def heads(n, name):
+      y = dense(n * D, f'{name}_proj', self.qkv_bias)(x).reshape(B, T, n, D)
+      if self.qk_norm and name in 'qk':
+        y = norms.RMSNorm(self.norm_eps, name=f'{name}_norm')(y)
+      if self.rope is not None and name in 'qk':
+        y = rope_lib.rotate(y, positions, self.rope)
+      return y
+
+    q, k, v = heads(H, 'q'), heads(Hkv, 'k'), heads(Hkv, 'v')
+    if self.has_variable('quant', 'k_cache'):
+      k = matmul.fake_input(k, self.get_variable('quant', 'k_cache'))
+    if self.has_variable('quant', 'v_cache'):
+      v = matmul.fake_input(v, self.get_variable('quant', 'v_cache'))
+    how: Any = {
+      'scale': self.scale,
+      'window': self.window,
+      'softcap': self.softcap,
+    }
     if cache is None:
-      out = causal.attention(q, k, v)
+      out = causal.attention(q, k, v, **how)
     else:
       cache = contiguous.append(cache, k, v)
-      out = contiguous.attend(cache, q, positions)
-    return dense(C, 'o_proj')(out.reshape(B, T, H * D)), cache
+      out = contiguous.attend(cache, q, positions, **how)
+    out = out.reshape(B, T, H * D)
+    return dense(C, 'o_proj', self.o_bias)(out), cache

@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from jaxq.nn import linear as linear_lib
 from jaxq.nn import taps
 
 Params = Mapping[str, Any]
@@ -53,12 +54,18 @@ class Site:
   heads: (kv_heads, repeats, head_dim) where grouped-query attention repeats
     each of the producer's heads for `repeats` of the consumer's; None: one to
     one.
+  tap: path of the tap that the consumers' input passes, where their own taps
+    see part of it only (experts); '' is the tap of the first that is listed.
+  shortcuts: paths of the nn.shortcut.Shortcut layers that carry the same
+    tensor past the consumers (post-norm models): they undo the scale.
   """
 
   producer: str
   consumers: tuple[str, ...]
   method: str = ''
   heads: tuple[int, int, int] | None = None
+  shortcuts: tuple[str, ...] = ()
+  tap: str = ''
 
   def reduce(self, x: jax.Array) -> jax.Array:
     """Consumer channels (K,) -> producer channels, by mean over repeats."""
@@ -88,6 +95,9 @@ class BlockSpec:
   norms: for each norm on the residual stream, the linears it feeds.
   rotated: linears whose input an online Hadamard may rotate (o and down).
   entries: names of the carry's entries that the module takes by keyword.
+  unrotatable: why its residual stream cannot be rotated; '' if it can.
+  coverage: path of a tap (B, T, E) that is 1 where a token goes to an expert;
+    '' where there are no experts.
   """
 
   module: nn.Module
@@ -97,6 +107,8 @@ class BlockSpec:
   norms: tuple[tuple[str, tuple[str, ...]], ...] = ()
   rotated: tuple[str, ...] = ()
   entries: tuple[str, ...] = ()
+  unrotatable: str = ''
+  coverage: str = ''
 
   def apply(self, variables: Params, carry: Carry) -> Carry:
     """The carry behind the block; positions are 0..T-1."""
@@ -132,9 +144,55 @@ class BlockSpec:
     kernels = [kernel_of(variables['params'], path) for path in site.consumers]
     return jnp.concatenate([x @ kernel for kernel in kernels], axis=-1)
 
+  def inner_output(
+    self, site: Site, variables: Params, x: jax.Array
+  ) -> jax.Array:
+    """Like `output`, less the linear that ends the site's branch.
+
+    That linear is the consumer of a site which one of this site's consumers
+    produces (v -> o, up -> down), and its input is what is returned. Consumers
+    on a branch without such a linear give their outputs, biases included.
+    Inputs are quantized as `variables` say.
+    """
+    if site.method:
+      _, updated = self.module.apply(
+        variables, x, method=site.method, mutable=['tapped']
+      )
+      following = [s for s in self.sites if s.producer in site.consumers]
+      last = [s.consumers[0] for s in following]
+      seen = {path.rpartition('/')[0] for path in last}
+      names = [f'{path}/in' for path in last] + [
+        f'{path}/out'
+        for path in site.consumers
+        if path.rpartition('/')[0] not in seen
+      ]
+      found = [taps.get_path(updated['tapped'], name) for name in names]
+      return jnp.concatenate(found, axis=-1)
+    outputs: list[Any] = []
+    for path in site.consumers:
+      own = {
+        name: taps.get_path(tree, path) or {}
+        for name, tree in variables.items()
+      }
+      N = kernel_of(variables['params'], path).shape[-1]
+      outputs.append(linear_lib.QuantDense(N).apply(own, x))
+    return jnp.concatenate(outputs, axis=-1)
+
   def linear(self, path: str) -> Linear | None:
     """The linear at `path`, or None where it is ignored."""
     return next((lin for lin in self.linears if lin.path == path), None)
+
+  def tap_of(self, site: Site) -> str | None:
+    """Where the consumers of a site are tapped; None if all are ignored."""
+    found = (self.linear(path) for path in site.consumers)
+    taps_ = [linear.tap for linear in found if linear is not None]
+    return (site.tap or taps_[0]) if taps_ else None
+
+  def with_all_experts(self) -> 'BlockSpec':
+    """This spec, every token passing the taps of every expert."""
+    if not self.coverage:
+      return self
+    return dataclasses.replace(self, module=self.module.clone(all_experts=True))
 
   def without(self, patterns: tuple[str, ...], index: int) -> 'BlockSpec':
     """This spec less the linears of block `index` that a pattern names.
@@ -173,7 +231,14 @@ def name_of(index: int, path: str) -> str:
 
 
 def matches(pattern: str, name: str) -> bool:
-  """Whether an --ignore pattern names this linear."""
+  """Whether an --ignore pattern names this linear.
+
+  'blocks.3.attention.q_proj' answers to Hugging Face's name for it as well,
+  'model.layers.3.self_attn.q_proj'.
+  """
+  parts = name.replace('blocks.', 'model.layers.', 1).split('.')
+  parts = ['self_attn' if part == 'attention' else part for part in parts]
+  names = (name, '.'.join(parts))
   if pattern.startswith('re:'):
-    return re.search(pattern[3:], name) is not None
-  return name == pattern or name.endswith('.' + pattern)
+    return any(re.search(pattern[3:], n) is not None for n in names)
+  return any(n == pattern or n.endswith('.' + pattern) for n in names)

@@ -41,7 +41,8 @@ def params(
     return formats.rne_saturate(block, _E4M3) * outer, None
   if spec.is_integer:
     absmax = jnp.maximum(absmax, _MIN_RANGE)
-  scale = _positive(divide(absmax, spec.qmax), spec)
+  steps = spec.qmax + 0.5 * (spec.scale_rule == 'half')
+  scale = _positive(divide(absmax, steps), spec)
   return round_scale(scale, spec), None
 
 

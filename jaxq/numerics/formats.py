@@ -198,9 +198,13 @@ def mx_scale(absmax: jax.Array, fmt: FloatFormat, rule: str) -> jax.Array:
   """Power-of-two block scale of OCP MX, float32, in [2^-127, 2^127].
 
   floor: 2^(floor(log2 absmax) - emax). ceil: the least power of two with
-  absmax <= max * scale. An all-zero block gets 2^-127.
+  absmax <= max * scale. round: as floor, but the next power of two from 1.75 of
+  one on (compressed-tensors). An all-zero block gets 2^-127.
   """
   e = exponent(absmax) - fmt.emax
+  if rule == 'round':
+    bits = lax.bitcast_convert_type(absmax, jnp.uint32)
+    e += ((bits & 0x7FFFFF) >= 0x600000).astype(jnp.int32)
   if rule == 'ceil':
     bits = lax.bitcast_convert_type(absmax, jnp.uint32)
     significand = lax.bitcast_convert_type(

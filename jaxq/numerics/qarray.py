@@ -80,6 +80,11 @@ class QArray:
     """Whether codes share bytes: below 8 bits, where a tile fills them."""
     return packing.packable(self.spec.bits, _tile(self.shape[0], self.spec))
 
+  def values(self) -> jax.Array:
+    """float32 (*L, K, N); other ways to store values override this."""
+    scale = codec.load_scale(self.scale, self.tensor_scale, self.spec)
+    return decode(codes(self), scale, self.zero_point, self.spec)
+
 
 def scale_shape(shape: tuple[int, ...], spec: QuantSpec) -> tuple[int, int]:
   """Shape of the scale of one matrix (K, N).
@@ -127,8 +132,7 @@ def quantize(
 @functools.partial(jax.jit, static_argnames='dtype')
 def dequantize(q: QArray, dtype: jnp.dtype = jnp.float32) -> jax.Array:
   """QArray -> (..., K, N): computed in float32, then cast to dtype."""
-  scale = codec.load_scale(q.scale, q.tensor_scale, q.spec)
-  return decode(codes(q), scale, q.zero_point, q.spec).astype(dtype)
+  return q.values().astype(dtype)
 
 
 @functools.partial(jax.jit, static_argnames=('spec', 'search', 'ste'))

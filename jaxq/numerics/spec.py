@@ -15,7 +15,7 @@ from jaxq.numerics import formats
 
 GRANULARITIES = ('channel', 'group', 'tensor', 'token')
 SCALE_DTYPES = ('bfloat16', 'float16', 'float32')
-SCALE_RULES = ('ceil', 'floor')
+SCALE_RULES = ('ceil', 'floor', 'half', 'round')
 
 # Block formats: element format, fixed group size, dtype of the stored scales.
 _BLOCK_FORMATS = {
@@ -28,6 +28,8 @@ _NAMED_FLOATS = {
   'fp8_e4m3': 'e4m3',
   'fp8_e5m2': 'e5m2',
   'fp4_e2m1': 'e2m1',
+  # The split of a jaxq.numerics.fpx.FpxArray is data; this is that of others.
+  **{f'fpx{bits}': f'e2m{bits - 3}' for bits in range(3, 9)},
 }
 _NATIVE_FP8 = {'e4m3': 'float8_e4m3fn', 'e5m2': 'float8_e5m2'}
 _NF4_GROUP_SIZE = 64
@@ -48,7 +50,8 @@ class QuantSpec:
   Attributes:
     dtype: 'int2'..'int8', 'binary', 'fp8_e4m3', 'fp8_e5m2', 'fp4_e2m1', any
       'eXmY' of at most 8 bits (such as 'e3m2'), 'mxfp4', 'mxfp8' (e4m3
-      elements), 'mxfp8_e5m2', 'nvfp4' or 'nf4'.
+      elements), 'mxfp8_e5m2', 'nvfp4', 'nf4' or 'fpx3'..'fpx8', floats whose
+      split into exponent and mantissa is stored with them (fpx.FpxArray).
     granularity: which elements share a scale; x is (..., K, N).
       'tensor': all of a matrix, scale (..., 1, 1).
       'channel': a column, scale (..., 1, N).
@@ -62,8 +65,11 @@ class QuantSpec:
     clip: in (0, 1], the clip ratio: the range is multiplied by it.
     scale_dtype: stored dtype of scales, one of SCALE_DTYPES; the mx formats
       and nvfp4 prescribe theirs and ignore this.
-    scale_rule: mx only. 'floor' (OCP MX v1.0) may saturate a block's largest
-      elements by up to 25 %; 'ceil' is the least power of two that does not.
+    scale_rule: mx: 'floor' (OCP MX v1.0) may saturate a block's largest
+      elements by up to 25 %; 'ceil' is the least power of two that does not;
+      'round', as compressed-tensors, goes up from 1.75 of a power of two on.
+      Symmetric integers: 'half' divides the range by qmax + 1/2, not by qmax,
+      as compressed-tensors does: the largest code gets its whole step.
   """
 
   dtype: str
@@ -93,6 +99,16 @@ class QuantSpec:
       raise ValueError(
         f'QuantSpec: symmetric=False with dtype={self.dtype!r}; only int2..int8'
         ' have a zero point. Use symmetric=True.'
+      )
+    if self.scale_rule == 'round' and not self.is_mx:
+      raise ValueError(
+        f"QuantSpec: scale_rule='round' with dtype={self.dtype!r}; it is for "
+        "the mx formats. Use 'floor'."
+      )
+    if self.scale_rule == 'half' and not (self.is_integer and self.symmetric):
+      raise ValueError(
+        f"QuantSpec: scale_rule='half' with dtype={self.dtype!r}, symmetric="
+        f"{self.symmetric}; 'half' is for symmetric int2..int8. Use 'floor'."
       )
     if self.narrow and not (self.is_integer and self.symmetric):
       raise ValueError(

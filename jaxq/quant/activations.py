@@ -5,6 +5,9 @@
   static   one scale per tensor or channel, from calibration: costs nothing at
            run time and clips what calibration did not see.
 
+Formats with groups of channels (mxfp4, mxfp8) take a scale per token and group,
+dynamically; nvfp4 does too, under a tensor scale that is calibrated if static.
+
 A static scale per channel cannot leave the sum over channels, so the integer
 matmul has no use for it and the float one serves. Weights are untouched; chain
 this with a weight method.
@@ -26,7 +29,7 @@ from jaxq.quant import transform
 Params = Mapping[str, Any]
 OBSERVERS = ('absmax', 'average', 'ema', 'minmax', 'percentile')
 # Granularities that each mode can serve.
-MODES = {'dynamic': ('token',), 'static': ('channel', 'tensor')}
+MODES = {'dynamic': ('group', 'token'), 'static': ('channel', 'tensor')}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -34,8 +37,8 @@ class ActivationsConfig:
   """How the inputs of the linears are quantized.
 
   Attributes:
-    inputs: what inputs (T, K) become; one scale per 'token' if dynamic, per
-      'tensor' or 'channel' if static.
+    inputs: what inputs (T, K) become; one scale per 'token', or per 'group' of
+      its channels, if dynamic, per 'tensor' or 'channel' if static.
     mode: 'dynamic' or 'static'.
     observer: static only: 'minmax' the extremes of all batches; 'average' and
       'ema' their mean and exponential average over batches; 'percentile' the
@@ -57,13 +60,9 @@ class ActivationsConfig:
           f'ActivationsConfig: {name}={getattr(self, name)!r}; allowed '
           f'{sorted(known)}. Use one of them.'
         )
-    if self.inputs.granularity == 'group':
-      raise NotImplementedError(
-        f'ActivationsConfig: inputs are {self.inputs.dtype} with granularity='
-        "'group'; groups run along the tokens of an input, not its channels. "
-        "Use granularity='token'."
-      )
-    allowed = MODES[self.mode]
+    allowed: tuple[str, ...] = MODES[self.mode]
+    if self.inputs.dtype == 'nvfp4':
+      allowed = ('group',)  # Static: its tensor scale is calibrated.
     if self.inputs.granularity not in allowed:
       raise ValueError(
         f'ActivationsConfig: granularity={self.inputs.granularity!r} with mode='
@@ -96,8 +95,11 @@ def static_params(
     spec: static.
 
   Returns:
-    scale, zero_point or None: (1, 1) per tensor, (1, K) per channel.
+    scale, zero_point or None: (1, 1) per tensor, (1, K) per channel; nvfp4: the
+      tensor scale (1, 1).
   """
+  if spec.dtype == 'nvfp4':
+    return qarray.tensor_scale(jnp.stack([low, high]), spec), None
   # A slice's parameters depend on its extremes only.
   return qarray.find_params(jnp.stack([low, high]), spec)
 

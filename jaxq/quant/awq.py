@@ -291,8 +291,7 @@ def _check(block: blocks.BlockSpec, params: Params, quant: Params) -> None:
 
 def _tap_of(block: blocks.BlockSpec, site: blocks.Site) -> str | None:
   """Where a site's consumers are tapped; None if none is quantized."""
-  found = (block.linear(path) for path in site.consumers)
-  return next((linear.tap for linear in found if linear is not None), None)
+  return block.tap_of(site)
 
 
 def _clips(config: AwqConfig, linear: blocks.Linear) -> bool:

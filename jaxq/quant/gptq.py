@@ -121,7 +121,7 @@ def quantize(
   Args:
     w: floating kernel; computed in float32.
     hessian: proportional to E[x x^T]; rows of zeros are dead channels, whose
-      weights become 0.
+      weights become 0. All zeros: rounded to nearest.
     config: static.
 
   Returns:
@@ -175,7 +175,8 @@ def feedback(hessian: jax.Array, config: GptqConfig) -> Feedback:
   upper = factor[::-1, ::-1]  # (K, K), hessian = upper @ upper.T
   matrix = jnp.triu(upper / jnp.diagonal(upper)[None, :], 1)
   matrix = jnp.where(jnp.all(jnp.isfinite(factor)), matrix, jnp.nan)
-  return Feedback(matrix, order, dead, damping)
+  # An expert that no token reached says nothing: its kernel is rounded as is.
+  return Feedback(matrix, order, dead & ~jnp.all(dead), damping)
 
 
 def quantize_with(

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from jaxq.nn import blocks, taps
-from jaxq.numerics import qarray
+from jaxq.numerics import binary, qarray
 
 Params = Mapping[str, Any]
 
@@ -27,6 +27,11 @@ def require_float(params: Params, paths: Iterable[str], method: str) -> None:
   """
   for path in paths:
     kernel = blocks.kernel_of(params, path)
+    if isinstance(kernel, binary.BinaryArray):
+      raise ValueError(
+        f'{method}: the kernel of {path} is binary already; it must be float. '
+        f'Chain {method} before ptq161.'
+      )
     if isinstance(kernel, qarray.QArray):
       raise ValueError(
         f'{method}: the kernel of {path} is {kernel.spec.dtype} already; it '

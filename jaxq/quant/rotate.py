@@ -103,6 +103,11 @@ def _apply(
   stats: transform.Stats,
 ) -> tuple[Params, Params]:
   del stats
+  if block.unrotatable:
+    raise NotImplementedError(
+      f'rotate: the residual stream of this model cannot be rotated: '
+      f'{block.unrotatable}. Leave rotate out for this model.'
+    )
   readers = [path for _, consumers in block.norms for path in consumers]
   online = [
     path

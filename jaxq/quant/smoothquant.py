@@ -112,8 +112,7 @@ def _sites(
   norms = {norm for norm, _ in block.norms}
   chosen = []
   for site in block.sites:
-    linears = [block.linear(path) for path in site.consumers]
-    taps = [lin.tap for lin in linears if lin is not None]
-    if taps and (config.sites == 'all' or site.producer in norms):
-      chosen.append((site, taps[0]))
+    tap = block.tap_of(site)
+    if tap and (config.sites == 'all' or site.producer in norms):
+      chosen.append((site, tap))
   return chosen

@@ -7,6 +7,10 @@ functions closed over a config, in the manner of optax.
   apply(block, params, quant, stats) -> (params, quant)
   outside(params) -> params                       embedding, final norm, head
 
+A method that compares whole blocks says `streams`: its stats also hold
+stats[STREAMS] = {'quantized': carry, 'float': carry}, what goes into the block
+in the model so far and in the float model, all samples.
+
 `apply` works on ONE block: `params` is the block's parameters, `quant` its
 `quant` collection so far (online rotations, input quantizers), `stats[tap]
 [name]` the finished observer states; `block` is static. It is jitted once for
@@ -22,6 +26,7 @@ from typing import Any, NamedTuple
 from jaxq.nn import blocks
 
 Params = Mapping[str, Any]
+STREAMS = 'streams'
 Requests = Mapping[str, Mapping[str, Any]]
 Stats = Mapping[str, Mapping[str, Any]]
 
@@ -29,6 +34,10 @@ Stats = Mapping[str, Mapping[str, Any]]
 def _nothing(block: blocks.BlockSpec) -> Requests:
   del block
   return {}
+
+
+def _accept(where: str, stats: Stats) -> None:
+  del where, stats
 
 
 def _unchanged(params: Params) -> Params:
@@ -48,6 +57,9 @@ class Transform(NamedTuple):
   name: for reports and error messages.
   failure: the error message for a linear (its name) whose result has NaN or
     Inf: apply runs inside jit and cannot raise.
+  check: called with the block's name and the finished statistics before apply,
+    outside jit: may warn of what they hold, or raise ValueError.
+  streams: whether its stats hold the block's inputs (module docstring).
   rest: the transforms that follow it (chain); () for a single method.
   """
 
@@ -58,6 +70,8 @@ class Transform(NamedTuple):
   observe: Callable[[blocks.BlockSpec], Requests] = _nothing
   outside: Callable[[Params], Params] = _unchanged
   failure: Callable[[str], str] = _failure
+  check: Callable[[str, Stats], None] = _accept
+  streams: bool = False
   rest: tuple['Transform', ...] = ()
 
 

@@ -40,6 +40,16 @@ def everything():
   )
 
 
+def watch_streams():
+  """Leaves what goes into each block in its `quant`."""
+
+  def apply(block, params, quant, stats):
+    del block
+    return params, {**quant, 'seen': stats[transform_lib.STREAMS]}
+
+  return transform_lib.Transform(name='watch', apply=apply, streams=True)
+
+
 def calibrate(transform, config=CONFIG, model=None, store=None):
   model = model or testing.small_model()
   store = store or testing.MemoryStore()
@@ -69,6 +79,27 @@ class DriverTest(parameterized.TestCase):
     unused = {'observe_rotate', 'observe_activations'}
     for name, count in calibrator.compilations.items():
       self.assertEqual(count, 0 if name in unused else 1, name)
+
+  def test_streams_are_those_of_the_float_and_of_the_quantized_model(self):
+    model = testing.small_model()
+    method = transform_lib.chain(watch_streams(), rtn())
+    store, _, _ = calibrate(method, model=model)
+    seen = store.blocks[1]['quant']['seen']
+    x = model.embed(model.outside(), testing.tokens())
+    y = {
+      'float': {'params': model.block_params(0), 'quant': {}},
+      'quantized': {'params': store.blocks[0]['params'], 'quant': {}},
+    }
+    for name, variables in y.items():
+      want = model.block_at(0).apply(variables, x)
+      np.testing.assert_allclose(seen[name], want, rtol=1e-4, atol=1e-4)
+    self.assertGreater(np.abs(seen['float'] - seen['quantized']).max(), 1e-3)
+    part = testing.MemoryStore()  # Resumed after one block.
+    part.outside, part.blocks[0] = store.outside, store.blocks[0]
+    calibrate(method, model=model, store=part)
+    again = part.blocks[1]['quant']['seen']
+    for name, array in seen.items():
+      np.testing.assert_array_equal(again[name], array)
 
   @parameterized.parameters('quantized', 'float')
   def test_a_resumed_run_ends_with_the_same_bits(self, inputs):

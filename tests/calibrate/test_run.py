@@ -15,7 +15,16 @@ import models
 from jaxq.calibrate import driver, run
 from jaxq.io import checkpoint
 from jaxq.numerics import spec as spec_lib
-from jaxq.quant import rotate, round_to_nearest, transform
+from jaxq.quant import (
+  llm_fp4,
+  mergequant,
+  os_plus,
+  outliertune,
+  ptq161,
+  rotate,
+  round_to_nearest,
+  transform,
+)
 from tests.calibrate import testing
 from tests.models import test_decoder
 
@@ -27,6 +36,64 @@ def rtn(bits=4):
   return round_to_nearest.round_to_nearest(
     round_to_nearest.RoundToNearestConfig(weights=weights)
   )
+
+
+def os_plus_w6a6():
+  # Shifted, so that biases that were not there are saved and loaded.
+  config = os_plus.OsPlusConfig(
+    weights=spec_lib.QuantSpec(dtype='int6'),
+    inputs=spec_lib.QuantSpec(dtype='int6', granularity='tensor'),
+    shift='always',
+    allow_new_bias=True,
+    n_grid=4,
+    n_max=4,
+  )
+  return os_plus.os_plus(config)
+
+
+def outliertune_w6a6():
+  config = outliertune.OutlierTuneConfig(
+    weights=spec_lib.QuantSpec(dtype='int6'),
+    inputs=spec_lib.QuantSpec(dtype='int6', granularity='token'),
+    symmetrize='always',
+    allow_new_bias=True,
+  )
+  return outliertune.outliertune(config)
+
+
+def mergequant_w4a4():
+  # Copies of channels, and kept terms: kernels and leaves of other shapes.
+  config = mergequant.MergeQuantConfig(
+    weights=spec_lib.QuantSpec(dtype='int4'),
+    inputs=spec_lib.QuantSpec(dtype='int4', granularity='token'),
+    multiple=8,
+    rank=2,
+    compensate='keep',
+    epochs=1,
+    sample_sequences=2,
+  )
+  return mergequant.mergequant(config)
+
+
+def llm_fp4_w4a4():
+  config = llm_fp4.LlmFp4Config(
+    weights=spec_lib.QuantSpec(dtype='int4'),
+    inputs=spec_lib.QuantSpec(dtype='int4', granularity='token'),
+    rounds=1,
+    n_grid=3,
+    embed_bits=4,
+  )
+  return llm_fp4.llm_fp4(config)
+
+
+def ptq161_w1():
+  config = ptq161.PTQ161Config(
+    weights=spec_lib.QuantSpec(dtype='binary', granularity='channel'),
+    epochs=1,
+    samples=4,
+    batch_size=4,
+  )
+  return ptq161.ptq161(config)
 
 
 def model():
@@ -104,9 +171,22 @@ class RunTest(parameterized.TestCase):
     # int8 kernels: about 1 % of the logits' range.
     np.testing.assert_allclose(logits, expected, atol=0.02)
 
-  def test_stopped_runs_end_with_the_same_bytes(self):
+  @parameterized.parameters(
+    rtn,
+    os_plus_w6a6,
+    outliertune_w6a6,
+    mergequant_w4a4,
+    llm_fp4_w4a4,
+    ptq161_w1,
+  )
+  def test_stopped_runs_end_with_the_same_bytes(self, make):
     whole = self.new_path()
-    self.calibrate(whole)
+    self.calibrate(whole, make())
+    loaded = models.load(whole)
+    logits, _ = loaded.module.apply(
+      loaded.variables, jnp.asarray(testing.tokens()[:1])
+    )
+    self.assertTrue(bool(jnp.all(jnp.isfinite(logits))))
     part = self.new_path()
 
     def stop(report):
@@ -116,10 +196,11 @@ class RunTest(parameterized.TestCase):
       with self.assertRaises(KeyboardInterrupt):
         self.calibrate(
           part,
+          make(),
           on_start=lambda n, done=done: self.assertEqual(n, done),
           on_block=stop,
         )
-    self.assertTrue(self.calibrate(part))
+    self.assertTrue(self.calibrate(part, make()))
     self.assertEqual(digest(whole), digest(part))
 
   @parameterized.parameters('config', 'settings', 'data')

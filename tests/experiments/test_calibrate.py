@@ -211,7 +211,7 @@ class BadModelTest(Case):
 
   def test_packaged_data(self):
     with mock.patch('jaxq.data.packaged.fetch', return_value=self.folder / 'x'):
-      self.refused("not a language model; .*'smollm2", 'wiki-sample')
+      self.refused("not a model; .*'smollm2", 'wiki-sample')
 
   def test_truncated_safetensors(self):
     path = self.folder / 'model/model.safetensors'
@@ -439,7 +439,7 @@ class ProcessTest(Case):
   def test_help_names_every_flag_and_fits_the_terminal(self):
     done = testing.finish(testing.start('--help'))
     self.assertEqual((done.code, done.err), (0, ''))
-    self.assertStartsWith(done.out, 'Quantizes a language model')
+    self.assertStartsWith(done.out, 'Quantizes a model')
     self.assertIn('calibrate \\\n      --flagfile=experiments/', done.out)
     self.assertIn('--group_size=...', done.out)
     self.assertLessEqual(max(map(len, done.out.splitlines())), 80)

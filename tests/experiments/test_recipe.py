@@ -18,6 +18,16 @@ class RecipeTest(parameterized.TestCase):
     (('rotate', 'gptq'), 'W4A4', ['rotate', 'gptq', 'activations']),
     (('activations', 'gptq'), 'W8A8', ['activations', 'gptq']),
     ((), 'W16A8', ['activations']),
+    # They quantize inputs themselves.
+    (('os_plus',), 'W8A8_STATIC', ['os_plus']),
+    (('os_plus', 'gptq'), 'W8A8', ['os_plus', 'gptq']),
+    (('outliertune',), 'W8A8', ['outliertune']),
+    (('ptq161',), 'W1A16', ['ptq161']),
+    (('rotate', 'ptq161'), 'W1A16', ['rotate', 'ptq161']),
+    (('llm_fp4',), 'W4A4', ['llm_fp4']),
+    (('llm_fp4', 'gptq'), 'W4A8', ['llm_fp4', 'gptq']),
+    (('mergequant',), 'W4A4', ['mergequant']),
+    (('rotate', 'mergequant'), 'W4A4', ['rotate', 'mergequant']),
   )
   def test_the_chain_is_completed_by_the_scheme(self, given, scheme, expected):
     built = recipe.build(given, schemes.parse(scheme, group_size=-1), ())

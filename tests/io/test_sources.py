@@ -40,7 +40,9 @@ class SourcesTest(parameterized.TestCase):
     dump.write_bytes(b'')
     with (
       mock.patch.object(packaged, 'fetch', return_value=dump),
-      self.assertRaisesRegex(ValueError, r"allowed are \['smollm2-135m'\]"),
+      self.assertRaisesRegex(
+        ValueError, r"allowed are \['minilm-l6', 'smollm2-135m'"
+      ),
     ):
       sources.open_source('wiki-sample')
 

@@ -26,7 +26,7 @@ class FromGgufTest(parameterized.TestCase):
       encoding.ids, [model_files.TOKENS.index(t) for t in encoding.tokens]
     )
 
-  @parameterized.parameters('gpt-2', 'default', 'smollm', 'llama-bpe')
+  @parameterized.parameters('gpt-2', 'default', 'smollm', 'llama-bpe', 'qwen2')
   def test_every_text_comes_back(self, pre):
     text = 'hello  world\n\n 1860 ½ été 日本 🙂\t'
     rebuilt = build(pre=pre)
@@ -59,9 +59,9 @@ class FromGgufTest(parameterized.TestCase):
     self.assertEqual(plain.tokens, ['hello'])
 
   @parameterized.parameters(
-    ({'model': 'llama'}, NotImplementedError, 'SentencePiece with scores'),
-    ({'model': 'bert'}, NotImplementedError, "model 'bert'; allowed is gpt2"),
-    ({'pre': 'qwen2'}, NotImplementedError, r"'qwen2'; allowed.*'smollm'"),
+    ({'model': 'llama'}, ValueError, f'{SIZE} tokens and 0 scores'),
+    ({'model': 'bert'}, NotImplementedError, "model 'bert'; allowed are gpt2"),
+    ({'pre': 'tekken'}, NotImplementedError, r"'tekken'; allowed.*'smollm'"),
     ({'tokens': None}, ValueError, r"lacks \['tokens'\]"),
     ({'merges': None}, ValueError, r"lacks \['merges'\]"),
     ({'token_type': [1]}, ValueError, f'{SIZE} tokens .* and 1 token types'),

@@ -15,8 +15,9 @@ from absl.testing import absltest, parameterized
 
 from jaxq.io import trees
 from jaxq.nn import linear
-from jaxq.numerics import qarray
+from jaxq.numerics import binary, fpx, qarray
 from jaxq.numerics import spec as spec_lib
+from tests.numerics import test_binary
 
 
 def assert_same(test, found, expected):
@@ -113,6 +114,26 @@ class TreesTest(parameterized.TestCase):
     tree = {
       'hadamard': linear.OnlineHadamard(size=64),
       'input': linear.ActQuant(scale=scale, zero_point=None, spec=spec),
+      'steps': linear.StepInput(spec=spec),
+      'fpx': linear.FpxInput(
+        np.ones((1, 1), np.float32),
+        np.ones((1, 1), np.int8),
+        np.arange(4, dtype=np.int8) if static else None,
+        fpx.spec(4, 'tensor'),
+        restore=static,
+      ),
+      'kernel': fpx.quantize(
+        jnp.ones((8, 2)), jnp.ones((1, 2)), jnp.int32(1), 4, jnp.arange(8)
+      ),
+      'split': linear.SplitInput(
+        src=np.arange(2, dtype=np.int32),
+        offset=np.zeros(6, np.float32),
+        spec=spec,
+      ),
+      'binary': binary.pack(**test_binary.parts(k=8 if static else 0)),
+      'low_rank': linear.LowRank(
+        a=np.ones((4, 2), np.float32), b=np.ones((2, 3), np.float32)
+      ),
     }
     assert_same(self, self.round_trip(tree), tree)
 

@@ -93,6 +93,7 @@ class DecoderTest(parameterized.TestCase):
 
   def test_from_hf_reads_old_and_new_rope_keys(self):
     base = {
+      'model_type': 'llama',
       'vocab_size': 64,
       'hidden_size': 32,
       'intermediate_size': 64,
@@ -119,7 +120,7 @@ class DecoderTest(parameterized.TestCase):
     rules = dict(decoder.sharding_rules(CONFIG, 4))  # Hkv = 2.
     self.assertEqual(rules[r'attention/o_proj/kernel'], PartitionSpec())
     self.assertEqual(
-      rules[r'mlp/down_proj/kernel'], PartitionSpec('model', None)
+      rules[r'mlp/(expert_\d+/)?down_proj/kernel'], PartitionSpec('model', None)
     )
 
   def test_messages(self):

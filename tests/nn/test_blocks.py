@@ -23,6 +23,18 @@ class BlocksTest(parameterized.TestCase):
     name = blocks.name_of(3, 'mlp/down_proj')
     self.assertEqual(blocks.matches(pattern, name), expected)
 
+  @parameterized.parameters(
+    ('model.layers.3.self_attn.q_proj', True),
+    ('self_attn.q_proj', True),
+    (r're:.*self_attn\..*', True),
+    (r're:.*layers\.3\..*', True),
+    ('model.layers.2.self_attn.q_proj', False),
+    ('re:.*lm_head', False),
+  )
+  def test_names_of_hugging_face(self, pattern, expected):
+    name = blocks.name_of(3, 'attention/q_proj')
+    self.assertEqual(blocks.matches(pattern, name), expected)
+
   def test_without_drops_only_the_named_linears_of_that_block(self):
     block, _ = testing.small_block()
     patterns = ('re:blocks.1..*proj',)

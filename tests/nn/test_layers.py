@@ -21,7 +21,9 @@ class LayersTest(parameterized.TestCase):
 
   def test_rope_turns_by_position_and_keeps_relative_products(self):
     q, k = jax.random.normal(jax.random.key(0), (2, 1, 1, 1, 8))
-    at = lambda x, p: rope.rotate(x, jnp.full((1, 1), p), 100.0)[0, 0, 0]
+    at = lambda x, p: rope.rotate(
+      x, jnp.full((1, 1), p), rope.Rope(theta=100.0)
+    )[0, 0, 0]
     np.testing.assert_allclose(at(q, 0), q[0, 0, 0], rtol=1e-6)
     np.testing.assert_allclose(
       jnp.dot(at(q, 7), at(k, 3)), jnp.dot(at(q, 14), at(k, 10)), rtol=1e-4

@@ -66,6 +66,46 @@ class QuantDenseTest(parameterized.TestCase):
     expected = layer.apply({'params': {'kernel': w}}, x)
     np.testing.assert_allclose(y, expected, atol=1e-5)
 
+  def test_a_bias_that_a_method_put_there_is_added(self):
+    x, w = data()
+    layer = linear.QuantDense(24)
+    bias = jnp.arange(24.0)
+    y = layer.apply({'params': {'kernel': w, 'bias': bias}}, x)
+    plain = layer.apply({'params': {'kernel': w}}, x)
+    np.testing.assert_allclose(y, plain + bias[None, None], rtol=1e-5)
+
+  def test_a_quantized_output(self):
+    x, w = data()
+    layer = linear.QuantDense(24)
+    act = linear.ActQuant(None, None, INT8_TOKEN)
+    y = layer.apply({'params': {'kernel': w}, 'quant': {'output': act}}, x)
+    plain = layer.apply({'params': {'kernel': w}}, x)
+    np.testing.assert_array_equal(y, matmul.fake_input(plain, act))
+    self.assertLess(float(jnp.max(jnp.abs(y - plain))), 0.03)
+
+  @parameterized.parameters('float', 'integer')
+  def test_inputs_in_steps_are_rounded_and_clipped(self, implementation):
+    x = jnp.array([[1.4, -200.0, 2.5]])  # Codes 1, -128, 2.
+    w = jnp.array([[127.0], [-1.0], [3.0]])
+    step = linear.StepInput(INT8_TOKEN)
+    np.testing.assert_array_equal(step.codes(x), [[1, -128, 2]])
+    y = matmul.matmul(
+      x, qarray.quantize(w, INT8_CHANNEL), step, implementation=implementation
+    )
+    np.testing.assert_array_equal(y, [[127.0 + 128.0 + 6.0]])
+
+  @parameterized.parameters('int8', 'int4')
+  def test_a_zero_point_of_the_weights_in_integers(self, dtype):
+    x, w = data()
+    spec = spec_lib.QuantSpec(dtype=dtype, symmetric=False)
+    q = qarray.quantize(w + 0.1, spec)
+    act = linear.ActQuant(None, None, INT8_TOKEN)
+    np.testing.assert_allclose(
+      matmul.matmul(x, q, act, implementation='integer'),
+      matmul.matmul(x, q, act, implementation='float'),
+      atol=1e-4,
+    )
+
   def test_stacked_qarrays_scan(self):
     x, _ = data()
     w = jax.random.normal(jax.random.key(2), (3, 64, 64)) / 8
@@ -119,9 +159,15 @@ class MatmulTest(parameterized.TestCase):
     )
     with self.assertRaisesRegex(NotImplementedError, 'w has one scale per gr'):
       matmul.matmul(x, grouped, act, implementation='integer')
-    with self.assertRaisesRegex(NotImplementedError, 'w is int4, symmetric=F'):
+    asymmetric = spec_lib.QuantSpec(
+      dtype='int4', granularity='token', symmetric=False
+    )
+    with self.assertRaisesRegex(NotImplementedError, 'x is int4, symmetric=F'):
       matmul.matmul(
-        x, qarray.quantize(w, INT4_GROUP), act, implementation='integer'
+        x,
+        qarray.quantize(w, INT8_CHANNEL),
+        linear.ActQuant(None, None, asymmetric),
+        implementation='integer',
       )
 
 

@@ -129,12 +129,14 @@ class ExponentTest(parameterized.TestCase):
     )
 
   @parameterized.parameters(
-    (4.0, 1.0, 1.0), (6.0, 1.0, 1.0), (6.001, 1.0, 2.0), (7.99, 1.0, 2.0),
-    (8.0, 2.0, 2.0), (0.0, 2.0**-127, 2.0**-127),
+    (4.0, 1.0, 1.0, 1.0), (6.0, 1.0, 1.0, 1.0), (6.001, 1.0, 2.0, 1.0),
+    (6.99, 1.0, 2.0, 1.0), (7.0, 1.0, 2.0, 2.0), (7.99, 1.0, 2.0, 2.0),
+    (8.0, 2.0, 2.0, 2.0), (0.0, 2.0**-127, 2.0**-127, 2.0**-127),
   )  # fmt: skip
-  def test_mx_scale_by_hand(self, absmax, floor, ceil):
+  def test_mx_scale_by_hand(self, absmax, floor, ceil, nearest):
     fmt = formats.get('e2m1')
-    for rule, expected in (('floor', floor), ('ceil', ceil)):
+    rules = (('floor', floor), ('ceil', ceil), ('round', nearest))
+    for rule, expected in rules:
       scale = np.asarray(formats.mx_scale(jnp.float32(absmax), fmt, rule))
       self.assertEqual(scale.view(np.uint32), np.float32(expected).view('u4'))
 

@@ -29,11 +29,13 @@ def specs(draw):
     )
   )
   if dtype.startswith(('mx', 'nv')):
-    rule = draw(st.sampled_from(spec.SCALE_RULES))
+    rules = ['ceil', 'floor'] + ['round'] * dtype.startswith('mx')
+    rule = draw(st.sampled_from(rules))
     return QuantSpec(dtype=dtype, scale_rule=rule)
   granularity = draw(st.sampled_from(spec.GRANULARITIES))
   symmetric = not dtype.startswith('int') or draw(st.booleans())
   narrow = dtype.startswith('int') and symmetric and draw(st.booleans())
+  half = dtype.startswith('int') and symmetric and draw(st.booleans())
   return QuantSpec(
     dtype=dtype,
     granularity=granularity,
@@ -42,6 +44,7 @@ def specs(draw):
     narrow=narrow,
     clip=draw(st.sampled_from([1.0, 0.9])),
     scale_dtype=draw(st.sampled_from(spec.SCALE_DTYPES)),
+    scale_rule='half' if half else 'floor',
   )
 
 

@@ -64,6 +64,8 @@ class QuantSpecTest(parameterized.TestCase):
     (dict(dtype='int4', symmetric=False, narrow=True), r'Use narrow=False'),
     (dict(dtype='int4', scale_dtype='int8'), r"\['bfloat16', 'float16', 'fl"),
     (dict(dtype='mxfp4', scale_rule='up'), r"'up'; allowed \['ceil', 'floor'"),
+    (dict(dtype='mxfp4', scale_rule='half'), r"'half' is for symmetric int2"),
+    (dict(dtype='int4', scale_rule='round'), r'it is for the mx formats'),
   )
   def test_messages(self, fields, message):
     with self.assertRaisesRegex(ValueError, message):

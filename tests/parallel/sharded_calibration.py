@@ -24,10 +24,21 @@ from jax.sharding import NamedSharding
 
 from jaxq.calibrate import driver
 from jaxq.nn import blocks, taps
-from jaxq.numerics import qarray
+from jaxq.numerics import binary, qarray
 from jaxq.numerics import spec as spec_lib
 from jaxq.parallel import mesh as mesh_lib
-from jaxq.quant import activations, awq, gptq, rotate, smoothquant
+from jaxq.quant import (
+  activations,
+  awq,
+  gptq,
+  llm_fp4,
+  mergequant,
+  os_plus,
+  outliertune,
+  ptq161,
+  rotate,
+  smoothquant,
+)
 from jaxq.quant import transform as transform_lib
 from models import decoder
 from tests.calibrate import testing
@@ -44,6 +55,7 @@ HEADS = {'8/4': (8, 4), '9/3': (9, 3)}
 TIE = 1e-4
 GPTQ_W4 = gptq.GptqConfig(weights=W4)
 GPTQ_W8 = gptq.GptqConfig(weights=W8)
+MERGEQUANT = mergequant.MergeQuantConfig(weights=W8, inputs=A8, multiple=16)
 # name -> transform, the config of the GPTQ in it, what feeds the next block.
 METHODS = {
   'gptq': (gptq.gptq(GPTQ_W4), GPTQ_W4, 'float'),
@@ -63,6 +75,51 @@ METHODS = {
     ),
     GPTQ_W4,
     'float',
+  ),
+  'os_plus_gptq': (
+    transform_lib.chain(
+      os_plus.os_plus(
+        os_plus.OsPlusConfig(
+          weights=W8, inputs=A8, n_grid=10, n_max=10, quantize=False
+        )
+      ),
+      gptq.gptq(GPTQ_W8),
+    ),
+    GPTQ_W8,
+    'float',
+  ),
+  'outliertune': (
+    outliertune.outliertune(
+      outliertune.OutlierTuneConfig(weights=W8, inputs=A8)
+    ),
+    None,
+    'float',
+  ),
+  'mergequant': (
+    mergequant.mergequant(MERGEQUANT),
+    MERGEQUANT.solver,
+    'float',
+  ),
+  'llm_fp4': (
+    llm_fp4.llm_fp4(
+      llm_fp4.LlmFp4Config(weights=W8, inputs=A8, rounds=1, n_grid=4)
+    ),
+    None,
+    'float',
+  ),
+  # One step of its optimizer, on one batch.
+  'ptq161': (
+    ptq161.ptq161(
+      ptq161.PTQ161Config(
+        weights=spec_lib.QuantSpec(dtype='binary'),
+        epochs=1,
+        samples=4,
+        batch_size=4,
+        scale_dtype='float32',
+      )
+    ),
+    None,
+    'quantized',
   ),
   'awq': (
     awq.awq(awq.AwqConfig(weights=W4, grid=5, clip_grid=5)),
@@ -146,16 +203,18 @@ def watch(steps):
 
 
 def quantized(variables):
-  """(path, QArray) of the kernels of a block."""
+  """(path, QArray or BinaryArray) of the kernels of a block."""
   return [
     (path, leaf)
     for path, leaf in taps.leaves(variables['params'])
-    if isinstance(leaf, qarray.QArray)
+    if isinstance(leaf, qarray.QArray | binary.BinaryArray)
   ]
 
 
 def codes(q):
-  """Codes (K, N) int32."""
+  """Codes (K, N) int32; of a BinaryArray its signs, as bits."""
+  if isinstance(q, binary.BinaryArray):
+    return np.unpackbits(np.asarray(q.bits)).astype(np.int32)
   return np.asarray(qarray.codes(q)).astype(np.int32)
 
 

@@ -152,7 +152,10 @@ class ActivationsTest(parameterized.TestCase):
   @parameterized.parameters(
     (dict(mode='both'), r"mode='both'; allowed \['dynamic', 'static'\]"),
     (dict(observer='max'), r"observer='max'; allowed \['absmax', 'average'"),
-    (dict(inputs=TENSOR), r"'tensor' with mode='dynamic'; allowed \['token'\]"),
+    (
+      dict(inputs=TENSOR),
+      r"'tensor' with mode='dynamic'; .*'group', 'token'\]",
+    ),
     (dict(mode='static'), r"'token' with mode='static'; allowed \['channel'"),
     (
       dict(inputs=CHANNEL, mode='static', observer='percentile'),
@@ -165,11 +168,22 @@ class ActivationsTest(parameterized.TestCase):
     with self.assertRaisesRegex(ValueError, regex):
       Config(**{'inputs': TOKEN, **fields})
 
-  def test_groups_are_refused_with_the_reason(self):
+  def test_groups_of_channels_are_dynamic(self):
+    self.assertEqual(Config(inputs=QuantSpec(dtype='mxfp8')).mode, 'dynamic')
     with self.assertRaisesRegex(
-      NotImplementedError, 'mxfp8.*run along the tok'
+      ValueError, "granularity='group' with mode='static'; allowed"
     ):
-      Config(inputs=QuantSpec(dtype='mxfp8'))
+      Config(inputs=QuantSpec(dtype='mxfp8'), mode='static')
+
+  def test_nvfp4_calibrates_its_tensor_scale(self):
+    spec = QuantSpec(dtype='nvfp4')
+    Config(inputs=spec, mode='static')
+    low, high = jnp.array([-1.0, 0.0]), jnp.array([2.0, 6.0])
+    scale, zero = activations.static_params(low, high, spec)
+    self.assertIsNone(zero)
+    self.assertEqual(scale.shape, (1, 1))
+    # 6 / (6 * 448), rounded to 20 bits.
+    np.testing.assert_allclose(scale, 1 / 448, rtol=2.0**-20)
 
 
 if __name__ == '__main__':

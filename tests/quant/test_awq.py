@@ -5,11 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 from absl.testing import absltest, parameterized
 
-from jaxq.nn import blocks, linear, taps
+from jaxq.nn import blocks, linear, mlp, taps
 from jaxq.numerics import qarray
 from jaxq.numerics import spec as spec_lib
 from jaxq.quant import awq, gptq, rotate, round_to_nearest, transform
-from models import decoder
 from tests.quant import testing
 
 
@@ -313,7 +312,7 @@ def _one_linear(kernel):
   """A block whose only site is producer 'norm' -> consumer 'dense'."""
   site = blocks.Site(producer='norm', consumers=('dense',))
   block = blocks.BlockSpec(
-    module=decoder.MLP(1),  # Not called: the site compares the linear alone.
+    module=mlp.MLP(1),  # Not called: the site compares the linear alone.
     linears=(blocks.Linear(path='dense', tap='dense/in'),),
     sites=(site,),
   )

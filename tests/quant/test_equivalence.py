@@ -7,7 +7,7 @@ from absl.testing import absltest, parameterized
 
 from jaxq.nn import taps
 from jaxq.quant import equivalence
-from tests.quant import testing
+from tests.quant import planted, testing
 
 
 class EquivalenceTest(parameterized.TestCase):
@@ -29,6 +29,21 @@ class EquivalenceTest(parameterized.TestCase):
         != np.asarray(jax.tree.leaves(taps.get_path(moved, site.producer))[0])
       )
     )
+
+  @parameterized.parameters(*planted.KINDS)
+  def test_a_shift_and_a_scale_of_a_norm(self, kind):
+    block, params = planted.block(kind)
+    x = planted.inputs()
+    before = testing.output(block, params, {}, x)
+    z = 5 * jax.random.normal(jax.random.key(0), (planted.C,))
+    s = jnp.exp(jax.random.normal(jax.random.key(1), (planted.C,)))
+    for site in block.sites:
+      if 'norm' in site.producer:
+        params = equivalence.shift_producer(params, site, z)
+        params = equivalence.divide_producer(params, site, s)
+        self.assertIn('bias', taps.get_path(params, site.consumers[0]))
+    after = testing.output(block, params, {}, x)
+    np.testing.assert_allclose(before, after, rtol=1e-4, atol=1e-4)
 
   def test_consumer_absmax_by_hand(self):
     block, params = testing.small_block()

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxq.calibrate import steps
 from jaxq.nn import blocks, taps
 from jaxq.quant import transform as transform_lib
 from models import decoder
@@ -85,18 +86,11 @@ def observe(
     {tap path: {name: state}}, {} where it asks for nothing.
   """
   requests = transform.observe(block)
-  states: dict[str, Any] = {}
-  for tap, named in requests.items():
-    layer = tap.rpartition('/')[0]  # A tap lies in the linear it feeds.
-    K = taps.get_path(params, f'{layer}/kernel').shape[0]
-    shape = (*x.shape[:-1], K)
-    states = taps.set_path(
-      states, tap, {name: request(shape) for name, request in named.items()}
-    )
   if not requests:
     return {}
-  variables = {'params': params, 'quant': quant, 'taps': states}
-  _, updated = block.observe(variables, x)
+  variables = {'params': params, 'quant': quant}
+  states = steps.initial_states(block, requests, variables, x)
+  _, updated = block.observe({**variables, 'taps': states}, x)
   return {tap: dict(taps.get_path(updated, tap)) for tap in requests}
 
 
@@ -111,6 +105,7 @@ def run(
   quant = {} if quant is None else quant
   for stage in transform_lib.stages(transform):
     stats = observe(block, params, quant, stage, x)
+    stats = steps.with_streams(stage, stats, [x], None)
     apply = jax.jit(stage.apply, static_argnums=0)
     params, quant = apply(block, params, quant, stats)
   return params, quant
@@ -121,3 +116,32 @@ def output(
 ) -> jax.Array:
   """The block's output (B, T, C)."""
   return block.apply({'params': params, 'quant': quant}, x)
+
+
+def primitives_on_width(jaxpr: Any, width: int) -> set[str]:
+  """Names of the primitives that read an array (.., T, width), at any depth.
+
+  Kernels are (width, N), so these are what runs on activations.
+  """
+  used = set()
+  for equation in jaxpr.eqns:
+    inner = [
+      p.jaxpr if hasattr(p, 'jaxpr') else p
+      for p in jax.tree.leaves(
+        list(equation.params.values()),
+        is_leaf=lambda p: hasattr(p, 'eqns') or hasattr(p, 'jaxpr'),
+      )
+      if hasattr(p, 'eqns') or hasattr(p, 'jaxpr')
+    ]
+    if inner:
+      for sub in inner:
+        used |= primitives_on_width(sub, width)
+      continue
+    shapes = [
+      v.aval.shape
+      for v in equation.invars
+      if hasattr(v, 'aval') and hasattr(v.aval, 'shape')
+    ]
+    if any(s and s[-1] == width and len(s) >= 2 for s in shapes):
+      used.add(equation.primitive.name)
+  return used
