@@ -7,8 +7,8 @@ import numpy as np
 from absl.testing import absltest
 
 import models
-from experiments import export
 from jaxq.io import hf_quantized
+from tests.experiments import testing
 from tests.io import model_files, test_hf_quantized
 
 
@@ -16,7 +16,7 @@ class ExportTest(absltest.TestCase):
   def setUp(self):
     super().setUp()
     self.folder = pathlib.Path(self.enterContext(tempfile.TemporaryDirectory()))
-    self.write = export.FORMATS['compressed-tensors']
+    self.write = testing.entry_point('export').FORMATS['compressed-tensors']
 
   def test_awq_in_compressed_tensors_out(self):
     codes, zeros, scales = test_hf_quantized.write(self.folder / 'awq', 'awq')

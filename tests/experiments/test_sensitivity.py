@@ -1,18 +1,13 @@
 """Tests of experiments.sensitivity, and of --bits_from behind it."""
 
-import contextlib
-import io
 import json
 import pathlib
-import sys
 import tempfile
-from unittest import mock
 
-from absl import flags
-from absl.testing import absltest, flagsaver
+from absl.testing import absltest
 
 import models
-from experiments import cli, recipe
+from experiments import recipe
 from jaxq.calibrate import driver
 from jaxq.data import pipeline
 from jaxq.nn import blocks
@@ -26,23 +21,7 @@ NAME = 'blocks.1.mlp.down_proj'
 
 def call(*args):
   """As `python -m experiments.sensitivity ARGS`, in this process."""
-  # Not at the top: entry points have flags of the same names.
-  from experiments import sensitivity
-
-  argv = ['experiments.sensitivity', *args]
-  out, err = io.StringIO(), io.StringIO()
-  with (
-    flagsaver.flagsaver(),
-    mock.patch.object(sys, 'argv', argv),
-    contextlib.redirect_stdout(out),
-    contextlib.redirect_stderr(err),
-  ):
-    flags.FLAGS.unparse_flags()
-    try:
-      code = cli._call(sensitivity.main, cli._parse(argv)) or 0
-    except SystemExit as e:
-      code = int(e.code or 0)
-  return testing.Outcome(code=code, out=out.getvalue(), err=err.getvalue())
+  return testing.call(*args, name='sensitivity')
 
 
 class SensitivityTest(absltest.TestCase):

@@ -2,11 +2,13 @@
 
 import contextlib
 import dataclasses
+import importlib
 import io
 import os
 import pathlib
 import subprocess
 import sys
+import types
 from unittest import mock
 
 import jax
@@ -74,13 +76,34 @@ def arguments(folder: pathlib.Path) -> list[str]:
   ]
 
 
-def call(*args: str) -> Outcome:
-  """As `python -m experiments.calibrate ARGS`, in this process."""
-  # Not at the top: an entry point's flags are required, and those of another
-  # entry point have the same names.
-  from experiments import calibrate
+# The flags of each entry point that was imported, {name: flag}.
+_OWN_FLAGS: dict[str, dict[str, flags.Flag]] = {}
 
-  argv = ['experiments.calibrate', *args]
+
+def entry_point(name: str) -> types.ModuleType:
+  """The module experiments.NAME; of all entry points, only its flags exist.
+
+  Those of another have the same names. So no test imports one at its top.
+  """
+  for other in _OWN_FLAGS.values():
+    for flag in other:
+      if flag in flags.FLAGS:
+        delattr(flags.FLAGS, flag)
+  module = importlib.import_module(f'experiments.{name}')
+  if name not in _OWN_FLAGS:
+    own = flags.FLAGS.flags_by_module_dict().get(module.__name__, [])
+    _OWN_FLAGS[name] = {flag.name: flag for flag in own}
+  for flag_name, flag in _OWN_FLAGS[name].items():
+    if flag_name not in flags.FLAGS:
+      flags.FLAGS[flag_name] = flag
+      flags.FLAGS.register_flag_by_module(module.__name__, flag)
+  return module
+
+
+def call(*args: str, name: str = 'calibrate') -> Outcome:
+  """As `python -m experiments.NAME ARGS`, in this process."""
+  module = entry_point(name)
+  argv = [f'experiments.{name}', *args]
   out, err = io.StringIO(), io.StringIO()
   with (
     flagsaver.flagsaver(),
@@ -90,7 +113,7 @@ def call(*args: str) -> Outcome:
   ):
     flags.FLAGS.unparse_flags()
     try:
-      code = cli._call(calibrate.main, cli._parse(argv)) or 0
+      code = cli._call(module.main, cli._parse(argv)) or 0
     except SystemExit as e:
       code = int(e.code or 0)
   return Outcome(code=code, out=out.getvalue(), err=err.getvalue())
