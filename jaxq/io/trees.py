@@ -88,7 +88,14 @@ NODE_TYPES: dict[str, NodeType] = {
   ),
   'FpxArray': NodeType(
     cls=fpx.FpxArray,
-    arrays=('qvalue', 'scale', 'man_bits', 'row_shift'),
+    arrays=(
+      'qvalue',
+      'scale',
+      'zero_point',
+      'tensor_scale',
+      'man_bits',
+      'row_shift',
+    ),
     static={'spec': _SPEC, 'shape': _TUPLE},
   ),
   'SplitInput': NodeType(
