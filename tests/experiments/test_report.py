@@ -364,9 +364,7 @@ class CalibrateTest(Case):
   def test_a_missing_tensorboard_is_told_before_the_work(self):
     testing.write_inputs(self.folder)
     arguments = testing.arguments(self.folder)
-    with absltest.mock.patch.object(
-      reporting.importlib, 'import_module', side_effect=ImportError
-    ):
+    with absltest.mock.patch.dict(sys.modules, {'tensorboardX': None}):
       done = testing.call(*arguments, '--tensorboard_dir=tb')
     self.assertEqual(done.code, 1)
     self.assertRegex(done.errors[0], 'tensorboardX, which is not installed')
