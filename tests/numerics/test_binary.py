@@ -50,8 +50,14 @@ def float_sizes(jaxpr):
       for v in eqn.outvars
       if jnp.issubdtype(v.aval.dtype, jnp.floating)
     ]
-    for inner in jax.core.jaxprs_in_params(eqn.params):
-      sizes += float_sizes(inner)
+    inner = jax.tree.leaves(
+      list(eqn.params.values()),
+      is_leaf=lambda p: hasattr(p, 'eqns') or hasattr(p, 'jaxpr'),
+    )
+    for p in inner:
+      p = p.jaxpr if hasattr(p, 'jaxpr') else p
+      if hasattr(p, 'eqns'):
+        sizes += float_sizes(p)
   return sizes
 
 
