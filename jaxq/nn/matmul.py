@@ -4,10 +4,11 @@
   integer      y = (q_x @ q_w : int32) * s_x * s_w, for int8 x int8 with one
                scale per token or tensor of x and per column of w. A zero point
                of w is taken off as zero_point * sum(q_x).
+  kernel       the Pallas kernel of the two formats (kernel_matmul.py).
 
-Both are the same function up to the rounding of the accumulation. `None` picks
-'integer' on chips with an int8 matrix unit and 'float' elsewhere: on a CPU the
-XLA int8 dot is slower than the float one.
+All are the same function up to the rounding of the accumulation. `None` picks
+the kernel where it serves, else 'integer' on chips with an int8 matrix unit and
+'float' elsewhere: on a CPU the XLA int8 dot is slower than the float one.
 
 An x in steps (linear.StepInput) has no scale: y = (q_x @ q_w) * s_w. There the
 float implementation multiplies the codes too, which are exact in bfloat16, and
@@ -19,9 +20,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxq.nn import kernel_matmul
 from jaxq.numerics import binary, chips, qarray
 
-IMPLEMENTATIONS = ('float', 'integer')
+IMPLEMENTATIONS = ('float', 'integer', 'kernel')
 
 
 def matmul(
@@ -37,13 +39,18 @@ def matmul(
 
   Raises:
     ValueError: unknown implementation.
-    NotImplementedError: 'integer' was asked for and the formats do not allow.
+    NotImplementedError: 'integer' or 'kernel' was asked for and the formats,
+      or the chip, do not allow.
   """
   if implementation not in (None, *IMPLEMENTATIONS):
     raise ValueError(
       f'matmul: implementation={implementation!r}; allowed '
       f'{sorted(IMPLEMENTATIONS)} or None to pick by platform.'
     )
+  if implementation == 'kernel':
+    return kernel_matmul.matmul(x, w, act)
+  if implementation is None and kernel_matmul.choose(x, w, act):
+    return kernel_matmul.matmul(x, w, act)
   reason = _why_not_integer(w, act, x)
   if implementation == 'integer' and reason:
     raise NotImplementedError(f"matmul: implementation='integer': {reason}")
@@ -154,7 +161,4 @@ def _why_not_integer(w: Any, act: Any, x: jax.Array) -> str:
 
 
 def _has_int8_unit() -> bool:
-  device = jax.devices()[0]
-  if device.platform == 'cpu':
-    return False
-  return 'int8' in chips.native_formats(chips.chip_of(device))
+  return 'int8' in chips.native_formats(chips.current())

@@ -1,0 +1,1 @@
+"""A blockwise Hadamard transform and the quantization of what it gives."""

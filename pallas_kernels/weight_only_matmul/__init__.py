@@ -1,0 +1,1 @@
+"""x @ dequantize(w), w packed to 8, 4, 2 or 1 bits."""
