@@ -1,0 +1,1 @@
+"""Notebooks for the free runtimes of Colab, and what runs them."""
