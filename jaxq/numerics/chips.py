@@ -3,8 +3,13 @@
 A format is native where the matrix unit takes it, not where it can only be
 stored and converted, nor where XLA has no way to it (int4 on A100 and T4). TPU
 rows agree with the per-format rates of `pltpu.get_tpu_info`; ask that first
-where it answers, since it knows the chip at hand.
+where it answers, since it knows the chip at hand. What the chips can do at most
+is in chip_specs.
 """
+
+import contextlib
+import contextvars
+from collections.abc import Iterator
 
 import jax
 
@@ -37,6 +42,32 @@ _TPU_KINDS = {
   'TPU7': 'tpu7x',
   'TPU7x': 'tpu7x',
 }
+
+# The chip that programs are compiled for ahead of time; '' for the one at hand.
+_TARGET = contextvars.ContextVar('jaxq_target_chip', default='')
+
+
+@contextlib.contextmanager
+def compiling_for(chip: str) -> Iterator[None]:
+  """While it lasts, functions are traced as they would be on this chip.
+
+  What was traced before keeps its choices: use functions that are jitted anew,
+  or a process of its own.
+
+  Raises:
+    ValueError: unknown chip.
+  """
+  native_formats(chip)
+  token = _TARGET.set(chip)
+  try:
+    yield
+  finally:
+    _TARGET.reset(token)
+
+
+def current() -> str:
+  """Name of the chip that is compiled for: the default device's, mostly."""
+  return _TARGET.get() or chip_of(jax.devices()[0])
 
 
 def native_formats(chip: str) -> tuple[str, ...]:

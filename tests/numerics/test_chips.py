@@ -45,6 +45,20 @@ class NativeFormatsTest(parameterized.TestCase):
     self.assertEqual(chips.chip_of(device), chip)
     self.assertNotEmpty(chips.native_formats(chip))
 
+  def test_target_of_an_ahead_of_time_compilation(self):
+    here = chips.current()
+    with chips.compiling_for('v5e'):
+      self.assertEqual(chips.current(), 'v5e')
+      with chips.compiling_for('tpu7x'):
+        self.assertEqual(chips.current(), 'tpu7x')
+      self.assertEqual(chips.current(), 'v5e')
+    self.assertEqual(chips.current(), here)
+
+  def test_unknown_target(self):
+    with self.assertRaisesRegex(ValueError, r"chip='v7'; allowed"):
+      with chips.compiling_for('v7'):
+        pass
+
   def test_unknown_chip_lists_the_known(self):
     with self.assertRaisesRegex(
       ValueError, r"chip='v7'; allowed \['a100', .*'v6e'\].*Use one"
