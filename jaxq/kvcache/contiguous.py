@@ -2,11 +2,30 @@
 
 Slot t of a row holds the token at position t. Rows may have different lengths;
 slots at or past a row's length hold garbage that the causal mask never shows.
+
+The methods are those of every cache (jaxq.kvcache.interface). The functions
+append first and attend after, all tokens in one softmax: for models that keep
+this cache and no other.
 """
+
+import dataclasses
 
 import flax.struct
 import jax
 import jax.numpy as jnp
+
+from jaxq.kvcache import interface, softmax, stores
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ContiguousConfig:
+  """Nothing to choose."""
+
+  def init(self, shape: interface.CacheShape) -> 'ContiguousCache':
+    """An empty cache."""
+    return init(
+      shape.batch, shape.capacity, shape.kv_heads, shape.head_dim, shape.dtype
+    )
 
 
 @flax.struct.dataclass
@@ -21,6 +40,46 @@ class ContiguousCache:
   def capacity(self) -> int:
     """S, the most tokens a row can hold."""
     return self.k.shape[-3]
+
+  @property
+  def elements(self) -> int:
+    """Elements of a token's keys."""
+    return self.k.shape[-2] * self.k.shape[-1]
+
+  def attend(
+    self,
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    positions: jax.Array,
+    scoring: interface.Scoring,
+  ) -> tuple[jax.Array, interface.Update]:
+    """As interface.Cache says."""
+    interface.check_inputs(self, q, k, self.k.shape[-2])
+    queries = softmax.group(q, self.k.shape[-2], scoring.scale)
+    cached = softmax.attend_store(
+      queries,
+      positions,
+      stores.FloatStore(self.k),
+      stores.FloatStore(self.v),
+      lambda slots: held(slots, self.length),
+      jnp.max(self.length),
+      scoring,
+    )
+    own = softmax.attend_own(queries, k, v, scoring)
+    out = softmax.finish(softmax.merge(cached, own), q.dtype)
+    return out, interface.Update(k=k, v=v)
+
+  def append(
+    self, update: interface.Update, length: jax.Array, counts: jax.Array
+  ) -> 'ContiguousCache':
+    """As interface.Cache says."""
+    slots = new_slots(length, counts, update.k.shape[1], self.capacity)
+    return ContiguousCache(
+      k=stores.scatter(self.k, update.k, slots),
+      v=stores.scatter(self.v, update.v, slots),
+      length=length + counts,
+    )
 
 
 def init(
@@ -101,6 +160,21 @@ def attend(
   return jnp.einsum('bkgts,bskd->btkgd', weights, v).reshape(B, T, H, D)
 
 
+def held(slots: jax.Array, length: jax.Array) -> jax.Array:
+  """Positions (B, size, 1) of slots (size,) that hold a row in order."""
+  slots = slots[None, :, None]
+  return jnp.where(slots < length[:, None, None], slots, -1)
+
+
+def new_slots(
+  length: jax.Array, counts: jax.Array, T: int, capacity: int
+) -> jax.Array:
+  """Where T tokens go, (B, T) int32; padding goes to the capacity: nowhere."""
+  offsets = jnp.arange(T, dtype=jnp.int32)[None]
+  slots = length[:, None] + offsets
+  return jnp.where(offsets < counts[:, None], slots, capacity)
+
+
 def nbytes(cache: ContiguousCache) -> int:
   """Exact bytes of all leaves."""
-  return sum(leaf.nbytes for leaf in jax.tree.leaves(cache))
+  return interface.nbytes(cache)

@@ -1,0 +1,49 @@
+"""Decoding on eight simulated devices equals decoding on one."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from absl.testing import absltest
+
+from tests.kvcache import sharded_cache
+
+pytestmark = pytest.mark.slow
+
+NAMES = ('contiguous', 'kivi', 'oscar', 'oscar_head', 'zipcache')
+
+
+class ShardedCacheTest(absltest.TestCase):
+  def test_equals_one_device(self):
+    flags = '--xla_force_host_platform_device_count=8'
+    done = subprocess.run(
+      [sys.executable, '-m', sharded_cache.__name__, *NAMES],
+      env=os.environ | {'XLA_FLAGS': flags, 'JAX_PLATFORMS': 'cpu'},
+      stdout=subprocess.PIPE,
+      text=True,
+      check=True,
+    )
+    rows = {
+      row['name']: row for row in map(json.loads, done.stdout.splitlines())
+    }
+    self.assertCountEqual(rows, NAMES)
+    for name, row in rows.items():
+      with self.subTest(name):
+        # A code may round the other way where a sum over devices is in another
+        # order; none of these did.
+        self.assertLess(row['error'], 1e-4 * max(row['size'], 1.0))
+        for leaf, spec in row['specs'].items():
+          if leaf.endswith('.length'):
+            continue
+          whole = name == 'oscar' and leaf.endswith('.norm')
+          self.assertEqual("'model'" not in spec, whole, f'{leaf}: {spec}')
+          self.assertIn("'data'", spec, leaf)
+    # One float per token is summed over the devices that share the heads.
+    reduces = rows['oscar']['all_reduces']
+    self.assertGreater(reduces['token'], reduces['head'])
+
+
+if __name__ == '__main__':
+  absltest.main()
