@@ -5,13 +5,13 @@
 ties the driver to a checkpoint.Writer. What the output's bytes depend on (the
 tokens, the settings, the weights, the code, JAX and the device) is its
 fingerprint: the same call on an unfinished directory goes on with it, another
-one is refused.
+one is refused. All processes of a job make the same call; they compare their
+fingerprints first.
 """
 
 import hashlib
 import json
 import os
-import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
@@ -21,11 +21,9 @@ import tokenizers
 from jax.sharding import Mesh
 
 from jaxq.calibrate import driver
-from jaxq.io import checkpoint
+from jaxq.io import checkpoint, files, shared_checkpoint
+from jaxq.parallel import distributed, preemption
 from jaxq.quant import transform as transform_lib
-
-_ROOT = pathlib.Path(__file__).resolve().parents[2]
-_PACKAGES = ('jaxq', 'models', 'pallas_kernels')
 
 
 class SourceModel(driver.CalibrationModel, Protocol):
@@ -70,8 +68,10 @@ def calibrate(
     False if the directory was complete already.
 
   Raises:
-    ValueError: the directory holds something else, or the driver refuses.
+    ValueError: the directory holds something else, the driver refuses, or
+      another process of the job has other code, flags or data.
     OSError: it cannot be written.
+    preemption.Preempted: a SIGTERM came; all finished blocks are saved.
   """
   config = driver.CalibrationConfig() if config is None else config
   if settings is None:
@@ -81,11 +81,13 @@ def calibrate(
   if not checkpoint.is_checkpoint(output):
     calibrator.check(data)  # A run that cannot end leaves nothing behind.
   marks = fingerprint(model, data, config, mesh, settings)
-  with checkpoint.Writer(output, marks) as writer:
+  check_same(marks)
+  with shared_checkpoint.open_writer(output, marks) as writer:
     if writer.complete:
       return False
     on_start(sum(writer.has_block(i) for i in range(model.num_blocks)))
-    calibrator.run(data, writer, on_block)
+    with preemption.finishing():
+      calibrator.run(data, writer, on_block)
     tokenizer = model.tokenizer()
     writer.finish(
       {
@@ -119,8 +121,10 @@ def fingerprint(
     'experts': config.experts,
     'mesh': None if mesh is None else dict(mesh.shape),
   }
+  if jax.process_count() > 1:  # The order of sums depends on it.
+    chosen['processes'] = jax.process_count()
   return {
-    'code': code_hash(),
+    'code': files.code_hash(),
     'data': ', '.join(
       [' x '.join(map(str, leaf.shape)) for leaf in leaves]
       + [digest.hexdigest()]
@@ -132,11 +136,11 @@ def fingerprint(
   }
 
 
-def code_hash() -> str:
-  """SHA-256 over the sources of the library and the models."""
-  digest = hashlib.sha256()
-  for package in _PACKAGES:
-    for path in sorted((_ROOT / package).rglob('*.py')):
-      digest.update(str(path.relative_to(_ROOT)).encode())
-      digest.update(path.read_bytes())
-  return digest.hexdigest()
+def check_same(marks: Mapping[str, str]) -> None:
+  """Raises ValueError if the fingerprints of a job's processes differ."""
+  parts: dict[str, dict[str, str]] = {'code': {}, 'flags': {}, 'data': {}}
+  for name, value in marks.items():
+    what = 'data' if name in ('data', 'source') else 'code'
+    parts['flags' if name.startswith('flags.') else what][name] = value
+  for what, part in parts.items():
+    distributed.check_same(what, part)

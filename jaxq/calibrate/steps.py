@@ -25,6 +25,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from jaxq.nn import blocks, taps
 from jaxq.numerics import binary, qarray
+from jaxq.parallel import arrays
 from jaxq.parallel import mesh as mesh_lib
 from jaxq.quant import transform as transform_lib
 
@@ -85,7 +86,8 @@ class Steps:
       for _ in stages
     ]
     self.apply = [
-      make(_apply, stage.apply, mesh, static_argnums=0) for stage in stages
+      make(_apply, stage.name, stage.apply, mesh, static_argnums=0)
+      for stage in stages
     ]
 
   @property
@@ -120,7 +122,10 @@ class Steps:
 
   def place_batch(self, batch: Any) -> Any:
     """Puts one batch, sharded over `data`."""
-    return jax.device_put(batch, self._batch)
+    sharding = self._batch
+    if sharding is None:
+      return jax.device_put(batch)
+    return jax.tree.map(lambda a: arrays.put(a, sharding), batch)
 
   def trace(
     self, block: blocks.BlockSpec, params: Params, carry: blocks.Carry
@@ -132,7 +137,7 @@ class Steps:
       params: its float parameters; only their shapes are used.
       carry: what one batch is in front of the block; only its shapes are used.
     """
-    variables: Any = {'params': params, 'quant': {}}
+    variables: Any = {'params': shapes_of(params), 'quant': {}}
     for stage, apply in zip(self.stages, self.apply, strict=True):
       states = _state_shapes(stage, block, variables, carry)
       stats = _stats_of(stage, block, states, carry)
@@ -144,6 +149,7 @@ class Steps:
     block: blocks.BlockSpec,
     params: Params,
     carry: blocks.Carry,
+    streams: blocks.Carry | None = None,
   ) -> dict[str, jax.stages.Lowered]:
     """Lowers the functions of a block step; nothing is computed.
 
@@ -151,14 +157,19 @@ class Steps:
       block: its spec.
       params: its float parameters; only their shapes are used.
       carry: what one batch is in front of the block; only its shapes are used.
+      streams: all batches together, for methods that ask for the block's
+        inputs; None: one batch.
 
     Returns:
       name -> what `.compile()` turns into a program for the mesh's devices, in
       the order in which they run.
     """
-    x = jax.tree.map(
-      lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=self._batch),
-      carry,
+    x, every = (
+      jax.tree.map(
+        lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=self._batch),
+        tree,
+      )
+      for tree in (carry, carry if streams is None else streams)
     )
     variables: Any = {'params': params, 'quant': {}}
     placed = self._abstract(variables, self.rules)
@@ -171,7 +182,7 @@ class Steps:
         lowered[f'observe_{stage.name}'] = self.observe[i].lower(
           block, placed, x, states
         )
-      stats = _stats_of(stage, block, states, x)
+      stats = _stats_of(stage, block, states, every)
       solve = self._abstract(variables, SOLVE_RULES)
       arguments = (block, solve['params'], solve['quant'], stats)
       lowered[f'apply_{stage.name}'] = self.apply[i].lower(*arguments)
@@ -243,6 +254,11 @@ def with_streams(
   return {**stats, transform_lib.STREAMS: both}
 
 
+def shapes_of(tree: Params) -> Any:
+  """The tree with shapes and dtypes for arrays, which may be lazy."""
+  return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), tree)
+
+
 def is_float(variables: Params) -> bool:
   """Whether nothing in a block is quantized yet."""
   kernels = [leaf for _, leaf in taps.leaves(variables['params'])]
@@ -292,10 +308,12 @@ def _observe(
   carry: blocks.Carry,
   states: Params,
 ) -> Params:
-  return block.observe({**variables, 'taps': states}, carry)[1]
+  with jax.named_scope('observe'):
+    return block.observe({**variables, 'taps': states}, carry)[1]
 
 
 def _apply(
+  name: str,
   apply: Any,
   mesh: Mesh | None,
   block: blocks.BlockSpec,
@@ -304,7 +322,8 @@ def _apply(
   stats: transform_lib.Stats,
 ) -> tuple[Params, Params]:
   """A stage's apply, whose results lie as its arguments do."""
-  params, quant = apply(block, params, quant, stats)
+  with jax.named_scope(f'apply_{name}'):
+    params, quant = apply(block, params, quant, stats)
   params = mesh_lib.constrain(params, SOLVE_RULES, mesh)
   return params, mesh_lib.constrain(quant, SOLVE_RULES, mesh)
 
@@ -312,5 +331,6 @@ def _apply(
 def _forward(
   block: blocks.BlockSpec, variables: Params, carry: blocks.Carry
 ) -> tuple[blocks.Carry, jax.Array]:
-  carry = block.apply(variables, carry)
+  with jax.named_scope('forward'):
+    carry = block.apply(variables, carry)
   return carry, jnp.all(jnp.isfinite(blocks.stream(carry)))

@@ -13,7 +13,8 @@ equal trees are equal bytes, and plain Orbax restores them too.
 A block is written under a temporary name, flushed and renamed: it is there
 whole or not at all. So a run killed at any moment goes on with the first block
 that `has_block` denies, and ends with the bytes of an uninterrupted one.
-Memory is that of one block.
+Memory is that of one block. Several processes write through
+jaxq.io.shared_checkpoint.
 """
 
 import contextlib
@@ -23,6 +24,7 @@ import hashlib
 import os
 import pathlib
 import shutil
+from collections.abc import Iterator
 from typing import Any
 
 import tokenizers
@@ -32,6 +34,7 @@ from jaxq.io import trees
 
 IN_PROGRESS = 'in_progress.json'
 TOKENIZER = 'tokenizer.json'
+OUTSIDE = 'outside'
 
 _RESERVED = frozenset(('format', 'version', 'fingerprint', 'files'))
 _START_OVER = 'Choose another --output, or delete that directory.'
@@ -40,7 +43,7 @@ _START_OVER = 'Choose another --output, or delete that directory.'
 class Writer:
   """Writes one jaxq directory, going on where a killed run stopped.
 
-  One process writes: in a multi-process run, create it on process 0 only.
+  One process writes: of several, create it on process 0 only.
 
     with Writer(output, fingerprint) as writer:
       if not writer.complete:
@@ -70,6 +73,7 @@ class Writer:
       OSError: another run is writing it, or it cannot be written.
     """
     manifest_lib.check_fingerprint(fingerprint)
+    check_is_path(directory)
     self.directory = pathlib.Path(os.path.abspath(directory))
     self.complete = False
     self._fingerprint = dict(fingerprint)
@@ -88,19 +92,19 @@ class Writer:
 
   def has_outside(self) -> bool:
     """Whether the parameters outside the blocks are saved."""
-    return (self.directory / 'outside' / trees.STRUCTURE).is_file()
+    return (self.directory / OUTSIDE / trees.STRUCTURE).is_file()
 
   def save_outside(self, tree: dict[str, Any]) -> None:
     """Saves the parameters outside the blocks; replaces saved ones."""
-    self._save('outside', tree)
+    self._save(OUTSIDE, tree)
 
   def load_outside(self) -> dict[str, Any]:
     """The saved parameters outside the blocks, as numpy arrays."""
-    return trees.load(self.directory / 'outside')
+    return trees.load(self.directory / OUTSIDE)
 
   def has_block(self, i: int) -> bool:
     """Whether block i is saved, which is to say all of it."""
-    return (self.directory / _block_name(i) / trees.STRUCTURE).is_file()
+    return (self.directory / block_name(i) / trees.STRUCTURE).is_file()
 
   def save_block(self, i: int, tree: dict[str, Any]) -> None:
     """Saves block i atomically; replaces a saved one.
@@ -109,11 +113,11 @@ class Writer:
       OSError: the disk is full or fails; what was saved before is untouched.
       TypeError, ValueError: a tree that `trees.split` refuses.
     """
-    self._save(_block_name(i), tree)
+    self._save(block_name(i), tree)
 
   def load_block(self, i: int) -> dict[str, Any]:
     """Block i as it was saved, with numpy arrays."""
-    return trees.load(self.directory / _block_name(i))
+    return trees.load(self.directory / block_name(i))
 
   def finish(
     self, manifest_extra: dict[str, Any], tokenizer_json: str | None
@@ -135,7 +139,7 @@ class Writer:
     expected = manifest_extra.get(
       'num_blocks', manifest_extra['model']['config'].get('num_hidden_layers')
     )
-    names = ['outside', *(_block_name(i) for i in range(expected))]
+    names = [OUTSIDE, *(block_name(i) for i in range(expected))]
     files = {}
     for name in names:
       structure = self.directory / name / trees.STRUCTURE
@@ -254,6 +258,18 @@ class Writer:
 
   def _save(self, name: str, tree: dict[str, Any]) -> None:
     """Writes `tree` beside its place, then renames it there."""
+    with self.replacing(name) as temporary:
+      trees.save(temporary, tree)
+
+  @contextlib.contextmanager
+  def replacing(self, name: str) -> Iterator[pathlib.Path]:
+    """An empty folder, which takes the place of `name` when the block ends.
+
+    If the block fails the folder goes, and what was there before stays.
+
+    Args:
+      name: OUTSIDE, or of `block_name`.
+    """
     self._check_writable()
     final = self.directory / name
     temporary = self.directory / (
@@ -263,7 +279,7 @@ class Writer:
       try:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
-        trees.save(temporary, tree)
+        yield temporary
         if final.exists():
           replaced = temporary.with_name(temporary.name + '-replaced')
           os.rename(final, replaced)
@@ -317,15 +333,19 @@ class Checkpoint:
 
   def outside(self) -> dict[str, Any]:
     """The parameters outside the blocks, as they were saved (numpy)."""
-    return trees.load(self.directory / 'outside')
+    return trees.load(self.directory / OUTSIDE)
 
   def block(self, i: int) -> dict[str, Any]:
     """Block i: {'params': ..., 'quant': ...}, as it was saved (numpy)."""
-    if not 0 <= i < self.num_blocks:
-      raise ValueError(
-        f'block {i} of {self.directory}: allowed 0..{self.num_blocks - 1}.'
-      )
-    return trees.load(self.directory / _block_name(i))
+    return trees.load(self._folder(i))
+
+  def lazy_outside(self) -> dict[str, Any]:
+    """`outside` with leaves that are read where they are indexed."""
+    return trees.load(self.directory / OUTSIDE, lazily=True)
+
+  def lazy_block(self, i: int) -> dict[str, Any]:
+    """`block` with leaves that are read where they are indexed."""
+    return trees.load(self._folder(i), lazily=True)
 
   def tokenizer(self) -> tokenizers.Tokenizer | None:
     """The model's tokenizer; None where it has none."""
@@ -336,6 +356,13 @@ class Checkpoint:
     """Names the contents: the manifest holds the checksum of every file."""
     data = (self.directory / manifest_lib.MANIFEST).read_bytes()
     return 'jaxq:' + hashlib.sha256(data).hexdigest()
+
+  def _folder(self, i: int) -> pathlib.Path:
+    if not 0 <= i < self.num_blocks:
+      raise ValueError(
+        f'block {i} of {self.directory}: allowed 0..{self.num_blocks - 1}.'
+      )
+    return self.directory / block_name(i)
 
 
 def open_checkpoint(
@@ -367,8 +394,20 @@ def is_checkpoint(directory: str | os.PathLike) -> bool:
   return (pathlib.Path(directory) / manifest_lib.MANIFEST).is_file()
 
 
-def _block_name(i: int) -> str:
+def block_name(i: int) -> str:
+  """The folder of block i, in the directory."""
   return f'blocks/{i:05d}'
+
+
+def check_is_path(directory: str | os.PathLike) -> None:
+  """Raises NotImplementedError for a URL, which is no place to write to."""
+  scheme, found, _ = str(directory).partition('://')
+  if found:
+    raise NotImplementedError(
+      f'--output={directory}: jaxq writes to file systems, not to {scheme}:// '
+      'itself; allowed is a path. Mount the bucket on all hosts (gcsfuse, or '
+      'the CSI driver of GKE) and give the path of the mount.'
+    )
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""Fingerprints of model files: quick, stable, and free of absolute paths."""
+"""Fingerprints of model files and code: quick, stable, without host or path."""
 
 import hashlib
 import json
@@ -7,6 +7,8 @@ import pathlib
 from collections.abc import Iterable
 
 _MIB = 1 << 20
+_ROOT = pathlib.Path(__file__).resolve().parents[2]
+_PACKAGES = ('jaxq', 'models', 'pallas_kernels')
 
 
 def fingerprint(
@@ -32,4 +34,14 @@ def fingerprint(
       digest.update(file.read(max(_MIB, header_nbytes)))
       file.seek(max(0, size - _MIB), os.SEEK_SET)
       digest.update(file.read(_MIB))
+  return digest.hexdigest()
+
+
+def code_hash() -> str:
+  """SHA-256 over the sources of the library and the models."""
+  digest = hashlib.sha256()
+  for package in _PACKAGES:
+    for path in sorted((_ROOT / package).rglob('*.py')):
+      digest.update(str(path.relative_to(_ROOT)).encode())
+      digest.update(path.read_bytes())
   return digest.hexdigest()

@@ -1,1 +1,1 @@
-"""Device meshes and sharding rules."""
+"""Meshes and sharding rules, and the processes of a job."""

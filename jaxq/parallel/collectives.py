@@ -23,9 +23,12 @@ KINDS = (
 )
 _CALL = re.compile(rf'= (.*?) ({"|".join(KINDS)})(?:-start)?\((.*)')
 _IOTA = re.compile(r'\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?')
-_MESH = re.compile(r'replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}')
+_MESH = re.compile(
+  r'replica_groups=mesh\[([^\]]*)\]'
+  r'(?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? \{([^}]*)\}'
+)
 _SETS = re.compile(r'(?:replica_groups|source_target_pairs)=\{(\{.*?\})\}')
-_SHAPE = re.compile(r'\b[a-z]+(\d+)\[([\d,]*)\]')
+_SHAPE = re.compile(r'\b[a-z]+(\d+)[a-z0-9]*\[([\d,]*)\]')
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -67,7 +70,9 @@ def collectives(text: str, mesh: Mesh) -> list[Collective]:
       Collective(
         kind=kind,
         axes=_axes(list(_groups(rest, mesh)), mesh),
-        nbytes=max(_nbytes(*shape) for shape in _SHAPE.findall(shapes)),
+        nbytes=max(
+          (_nbytes(*shape) for shape in _SHAPE.findall(shapes)), default=1
+        ),
         where=where[1] if where else '',
       ),
     )
@@ -86,8 +91,13 @@ def _groups(rest: str, mesh: Mesh) -> Iterator[Sequence[int]]:
       name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", match[1])
     }
     names = list(sizes)
-    along = [names.index(name) for name in re.findall(r"'(\w+)'", match[2])]
-    ids = np.arange(math.prod(sizes.values())).reshape(*sizes.values())
+    along = [names.index(name) for name in re.findall(r"'(\w+)'", match[4])]
+    ids = np.arange(math.prod(sizes.values()))
+    if match[2]:  # Devices in another order: [2,4]T(1,0).
+      ids = ids.reshape([int(n) for n in match[2].split(',')])
+      if match[3]:
+        ids = ids.transpose([int(n) for n in match[3].split(',')])
+    ids = ids.reshape(*sizes.values())
     ids = np.moveaxis(ids, along, range(-len(along), 0))
     width = math.prod(ids.shape[ids.ndim - len(along) :])
     yield from ids.reshape(-1, width).tolist()

@@ -4,9 +4,11 @@ A mesh has two axes: `data` shards the calibration sequences, `model` the
 weights. Rules are (regular expression, PartitionSpec) pairs matched against a
 leaf's path, first match wins, no match is replicated. A QArray is sharded as
 its logical matrix is: its codes and scales follow the axis where every shard
-keeps whole packing tiles and whole groups, else the leaf is replicated.
+keeps whole packing tiles and whole groups, else the leaf is replicated. A
+low-rank term lies as the kernel beside it: a by its rows, b by its columns.
 """
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -16,6 +18,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxq.numerics import packing, qarray
+from jaxq.parallel import arrays
 
 AXES = ('data', 'model')
 Rules = Sequence[tuple[str, PartitionSpec]]
@@ -32,6 +35,7 @@ def make_mesh(text: str, devices: Sequence[Any] | None = None) -> Mesh:
     ValueError: unreadable text, unknown axis, or sizes that do not multiply to
       the number of devices.
   """
+  processes = jax.process_count() if devices is None else 1
   devices = list(jax.devices() if devices is None else devices)
   sizes = dict.fromkeys(AXES, 1)
   for part in filter(None, text.split(',')):
@@ -44,13 +48,39 @@ def make_mesh(text: str, devices: Sequence[Any] | None = None) -> Mesh:
     sizes[match[1]] = int(match[2])
   needed = sizes['data'] * sizes['model']
   if needed != len(devices):
+    found = f'{len(devices)}'
+    if processes > 1:
+      found += f' ({processes} processes x {len(devices) // processes})'
     raise ValueError(
       f'--mesh={text}: data:{sizes["data"]} x model:{sizes["model"]} needs '
-      f'{needed} devices and there are {len(devices)}; choose sizes that '
+      f'{needed} devices and there are {found}; choose sizes that '
       f'multiply to {len(devices)}.'
     )
   grid = np.array(devices).reshape(sizes['data'], sizes['model'])
   return Mesh(grid, AXES)
+
+
+def choose(text: str, batch_size: int | None = None) -> Mesh | None:
+  """The mesh of a flag; where it is empty, one that fits the job.
+
+  A single process without the flag uses its default device (None). Several
+  must share a mesh: all devices along `data`, or as many as divide the batch,
+  and the rest along `model`.
+
+  Args:
+    text: of --mesh.
+    batch_size: what the `data` axis must divide; None: anything goes.
+
+  Raises:
+    ValueError: as make_mesh.
+  """
+  if text:
+    return make_mesh(text)
+  if jax.process_count() == 1:
+    return None
+  count = jax.device_count()
+  data = count if batch_size is None else math.gcd(count, batch_size)
+  return make_mesh(f'data:{data},model:{count // data}')
 
 
 def check_divides(what: str, size: int, mesh: Mesh, axis: str) -> None:
@@ -81,19 +111,26 @@ def shardings(tree: Mapping[str, Any], rules: Rules, mesh: Mesh) -> Any:
       return {
         k: visit(v, f'{path}/{k}' if path else k) for k, v in node.items()
       }
+    low_rank = path.endswith('/low_rank')
+    if low_rank:
+      path = path.removesuffix('low_rank') + 'kernel'
     spec = next(
       (s for pattern, s in rules if re.search(pattern, path)), PartitionSpec()
     )
-    return _leaf_sharding(node, spec, mesh)
+    place_leaf = _low_rank_sharding if low_rank else _leaf_sharding
+    return place_leaf(node, spec, mesh)
 
   return visit(tree, '')
 
 
 def place(tree: Mapping[str, Any], rules: Rules, mesh: Mesh | None) -> Any:
-  """Puts a nested dict on the mesh by its rules; None: default device."""
+  """Puts a nested dict on the mesh by its rules; None: default device.
+
+  Leaves may be lazy (io.lazy): a process then reads its own shards only.
+  """
   if mesh is None:
     return jax.device_put(tree)
-  return jax.device_put(tree, shardings(tree, rules, mesh))
+  return jax.tree.map(arrays.put, tree, shardings(tree, rules, mesh))
 
 
 def constrain(tree: Mapping[str, Any], rules: Rules, mesh: Mesh | None) -> Any:
@@ -113,6 +150,21 @@ def _leaf_sharding(leaf: Any, spec: PartitionSpec, mesh: Mesh) -> Any:
   return jax.tree.map(
     lambda a: NamedSharding(mesh, _fit(a.shape, spec, mesh)), leaf
   )
+
+
+def _low_rank_sharding(term: Any, spec: PartitionSpec, mesh: Mesh) -> Any:
+  """The sharding of a low-rank term beside a kernel that lies as `spec`."""
+  rows, columns = (*spec, None, None)[:2]
+  by_field = {
+    'b': PartitionSpec(None, columns),
+    'weight': PartitionSpec(rows),
+  }  # All else is (K, ...).
+
+  def fit(path, a):
+    own = by_field.get(path[0].name, PartitionSpec(rows, None))
+    return NamedSharding(mesh, _fit(a.shape, own, mesh))
+
+  return jax.tree_util.tree_map_with_path(fit, term)
 
 
 def _fit(

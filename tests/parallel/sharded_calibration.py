@@ -36,6 +36,7 @@ from jaxq.quant import (
   os_plus,
   outliertune,
   ptq161,
+  quant_experts,
   rotate,
   smoothquant,
 )
@@ -120,6 +121,23 @@ METHODS = {
     ),
     None,
     'quantized',
+  ),
+  'quant_experts': (
+    quant_experts.quant_experts(
+      quant_experts.QuantExpertsConfig(
+        weights=W4,
+        inputs=A8,
+        base='gptq',
+        shared_rank=4,
+        expert_rank=2,
+        num_experts=2,
+        share=0.1,
+        skip_tokens=0,
+        sample_sequences=8,
+      )
+    ),
+    gptq.GptqConfig(weights=W4),
+    'float',
   ),
   'awq': (
     awq.awq(awq.AwqConfig(weights=W4, grid=5, clip_grid=5)),

@@ -29,6 +29,15 @@ class CollectivesTest(parameterized.TestCase):
     ("replica_groups=mesh['a'=2,'b'=4] {'b'}", ('model',)),
     ("replica_groups=mesh['a'=2,'b'=4] {'a'}", ('data',)),
     ("replica_groups=mesh['a'=2,'b'=4] {'a','b'}", ('data', 'model')),
+    (
+      "replica_groups=mesh['a'=4,'b'=1,'c'=2], device_ids=([2,4]T(1,0)) {'a'}",
+      ('model',),
+    ),
+    (
+      "replica_groups=mesh['a'=4,'b'=2], device_ids=([2,4]T(1,0)) {'b'}",
+      ('data',),
+    ),
+    ("replica_groups=mesh['a'=2,'b'=4], device_ids=([8]) {'b'}", ('model',)),
     ('source_target_pairs={{0,1},{1,2},{2,3},{3,0}}', ('model',)),
   )
   def test_axes(self, groups, axes):
@@ -53,6 +62,14 @@ class CollectivesTest(parameterized.TestCase):
     )
     kinds = [c.kind for c in collectives.collectives(text, MESH)]
     self.assertEqual(kinds, ['all-gather', 'collective-permute'])
+
+  @parameterized.parameters(
+    ('f32', 128), ('bf16', 64), ('f8e4m3fn', 32), ('pred', 1)
+  )
+  def test_dtypes(self, dtype, nbytes):
+    text = line('all-reduce', 'replica_groups=[2,4]<=[8]')
+    (found,) = collectives.collectives(text.replace('f32', dtype), MESH)
+    self.assertEqual(found.nbytes, nbytes)
 
   def test_a_program_without(self):
     text = jax.jit(lambda x: x + 1).lower(np.ones(3)).compile().as_text()

@@ -1,13 +1,14 @@
 """Tests of jaxq.parallel.mesh."""
 
 import functools
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
 from absl.testing import absltest, parameterized
 from jax.sharding import AbstractMesh, PartitionSpec
 
-from jaxq.nn import linear
+from jaxq.nn import linear, routed_low_rank
 from jaxq.numerics import qarray
 from jaxq.numerics import spec as spec_lib
 from jaxq.parallel import mesh as mesh_lib
@@ -33,6 +34,27 @@ class MakeMeshTest(parameterized.TestCase):
   def test_messages(self, text, message):
     with self.assertRaisesRegex(ValueError, message):
       mesh_lib.make_mesh(text, jax.devices()[:1])
+
+  def test_a_job_shares_its_devices_and_says_how_many_processes_have_them(self):
+    devices = [mock.Mock(id=i) for i in range(8)]
+    made = []
+    with (
+      mock.patch.object(jax, 'devices', return_value=devices),
+      mock.patch.object(jax, 'device_count', return_value=8),
+      mock.patch.object(jax, 'process_count', return_value=4),
+    ):
+      with self.assertRaisesRegex(
+        ValueError,
+        r'needs 2 devices and there are 8 \(4 processes x 2\); choose',
+      ):
+        mesh_lib.choose('data:2')
+      with mock.patch.object(mesh_lib, 'Mesh', lambda grid, axes: grid.shape):
+        for batch_size in (None, 16, 4, 6, 1):
+          made.append(mesh_lib.choose('', batch_size))
+    self.assertEqual(made, [(8, 1), (8, 1), (4, 2), (2, 4), (1, 8)])
+
+  def test_a_process_alone_keeps_its_device(self):
+    self.assertIsNone(mesh_lib.choose('', 8))
 
   def test_check_divides(self):
     mesh = mesh_lib.make_mesh('', jax.devices()[:1])
@@ -127,6 +149,23 @@ class QArrayShardingTest(parameterized.TestCase):
       symmetric=False,
     )  # fmt: skip
     self.assertEqual(out.zero_point.spec, ROWS)
+
+  @parameterized.parameters(
+    (COLUMNS, WHOLE, COLUMNS, PartitionSpec(None)),
+    (ROWS, ROWS, WHOLE, PartitionSpec('model')),
+  )
+  def test_low_rank_terms_lie_as_the_kernel_does(self, rule, a, b, weight):
+    f = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
+    rows = spec_lib.QuantSpec(dtype='int8', granularity='token')
+    packed = jax.eval_shape(lambda x: qarray.quantize(x, rows), f(6, 16))
+    term = routed_low_rank.RoutedLowRank(f(64, 6), packed, f(64, 2), f(64), 2)
+    tree = {'quant': {'up': {'low_rank': term}}, 'low_rank': f(64, 6)}
+    out = mesh_lib.shardings(tree, ((r'up/kernel', rule),), GRID)
+    placed = out['quant']['up']['low_rank']
+    self.assertEqual((placed.a.spec, placed.router.spec), (a, a))
+    self.assertEqual((placed.b.qvalue.spec, placed.b.scale.spec), (b, WHOLE))
+    self.assertEqual(placed.weight.spec, weight)
+    self.assertEqual(out['low_rank'].spec, WHOLE)
 
   def test_stacked_layers_are_not_sharded(self):
     spec = spec_lib.QuantSpec(dtype='int4', granularity='group', group_size=16)

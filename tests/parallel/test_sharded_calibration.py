@@ -42,6 +42,7 @@ class ShardedCalibrationTest(parameterized.TestCase):
     ('8/4', 'mergequant'),
     ('8/4', 'llm_fp4'),
     ('8/4', 'ptq161'),
+    ('8/4', 'quant_experts'),
     ('9/3', 'gptq_prefix'),
   )
   def test_equals_one_device(self, heads, *methods):
@@ -65,7 +66,14 @@ class ShardedCalibrationTest(parameterized.TestCase):
     self.assertLess(row['scale_error'], 1e-5)
     # A rounded activation can be a tie as well, and is then off by a 127th of
     # its token's largest: these outputs are a hundred times less alike.
-    rounded = ('w8a8', 'os_plus_gptq', 'outliertune', 'mergequant', 'llm_fp4')
+    rounded = (
+      'w8a8',
+      'os_plus_gptq',
+      'outliertune',
+      'mergequant',
+      'llm_fp4',
+      'quant_experts',
+    )
     # Adam's first step is the sign of a gradient, which may be next to zero.
     slack = 100 if row['method'] in (*rounded, 'ptq161') else 1
     self.assertLess(row['output_error'], slack * 1e-4)
