@@ -46,6 +46,9 @@ SETTINGS = {
   'W6A6 static': ('--scheme=W6A6_STATIC', *ASYMMETRIC),
   'W6A6': ('--scheme=W6A6', '--nosymmetric'),
   'W4A4 asymmetric': ('--scheme=W4A4', *ASYMMETRIC),
+  'W4g64A6': ('--scheme=W4A6', '--group_size=64', '--nosymmetric'),
+  'W4g64A8': ('--scheme=W4A8', '--group_size=64', '--nosymmetric'),
+  'W3g64 asymmetric': ('--scheme=W3A16', '--group_size=64', '--nosymmetric'),
 }
 GPTQ = ('--method=gptq', '--set=gptq.search=mse')
 AWQ = ('--method=awq', '--sequences=16')
@@ -82,6 +85,28 @@ FP_BY_RANGE = (*LLM_FP4, UNSHIFTED, '--set=llm_fp4.rounds=0')
 # 16 sequences of 512 tokens and 5 epochs; the paper has 128 of 2048 and 20.
 PTQ161 = ('--method=ptq161', '--sequences=16')
 PTQ161_MEANS = (*PTQ161, '--set=ptq161.epochs=0')
+# On AWQ, which stands beside it. Of the 12 columns that are stored at ranks 4
+# and 2 a token takes 6.
+QUANT_EXPERTS = (
+  '--method=quant_experts',
+  '--sequences=16',
+  '--set=quant_experts.shared_rank=4',
+  '--set=quant_experts.expert_rank=2',
+)
+ONE_TERM = (*QUANT_EXPERTS[:2], '--set=quant_experts.num_experts=0')
+LQER = (*ONE_TERM, '--set=quant_experts.gram=diagonal')
+BESIDE_QUANT_EXPERTS = (
+  ('RTN', DATA_FREE),
+  ('GPTQ', GPTQ),
+  ('AWQ', AWQ),
+  ('Quant Experts', QUANT_EXPERTS),
+  ('LQER, equal work', (*LQER, '--set=quant_experts.shared_rank=6')),
+  ('LQER, equal size', (*LQER, '--set=quant_experts.shared_rank=12')),
+  (
+    'one whitened term, equal size',
+    (*ONE_TERM, '--set=quant_experts.shared_rank=12'),
+  ),
+)
 ROWS = (
   ('W8A8', 'RTN', DATA_FREE),
   ('W8A8', 'SmoothQuant', ('--method=smoothquant',)),
@@ -145,6 +170,27 @@ ROWS = (
   ('W4A4', 'rotation + MergeQuant', MERGEQUANT_ROTATED),
   ('W4A4 asymmetric', 'RTN', DATA_FREE),
   ('W4A4 asymmetric', 'OS+', OS_PLUS),
+  *(
+    (setting, name, extra)
+    for setting in ('W4g64A6', 'W4g64A8', 'W3g64 asymmetric')
+    for name, extra in BESIDE_QUANT_EXPERTS
+  ),
+  *(
+    (setting, name, extra)
+    for setting in ('W4g64A6', 'W4g64A8')
+    for name, extra in (
+      ('SmoothQuant', ('--method=smoothquant',)),
+      ('rotation + GPTQ', ROTATE_GPTQ[:2]),
+      (
+        'SmoothQuant + Quant Experts',
+        (
+          '--method=smoothquant,quant_experts',
+          *QUANT_EXPERTS[1:],
+          '--set=quant_experts.base=rtn',
+        ),
+      ),
+    )
+  ),
 )
 COLUMNS = (
   'token perplexity',

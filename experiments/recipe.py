@@ -26,6 +26,7 @@ from jaxq.quant import (
   os_plus,
   outliertune,
   ptq161,
+  quant_experts,
   rotate,
   round_to_nearest,
   schemes,
@@ -43,6 +44,10 @@ METHODS: dict[str, tuple[type, Callable[..., transform_lib.Transform]]] = {
   'os_plus': (os_plus.OsPlusConfig, os_plus.os_plus),
   'outliertune': (outliertune.OutlierTuneConfig, outliertune.outliertune),
   'ptq161': (ptq161.PTQ161Config, ptq161.ptq161),
+  'quant_experts': (
+    quant_experts.QuantExpertsConfig,
+    quant_experts.quant_experts,
+  ),
   'rotate': (rotate.RotateConfig, rotate.rotate),
   'rtn': (
     round_to_nearest.RoundToNearestConfig,
@@ -107,7 +112,7 @@ def build(
         f'--method={name} quantizes weights and --scheme={scheme.name} keeps '
         'them float; choose a scheme such as W4A16, or leave the method out.'
       )
-    if 'inputs' in _names(config_type) and scheme.inputs is None:
+    if 'inputs' in _required(config_type) and scheme.inputs is None:
       raise ValueError(
         f'--method={name} quantizes inputs and --scheme={scheme.name} keeps '
         'them float; choose a scheme such as W8A8, or leave the method out.'
@@ -207,6 +212,15 @@ def _specs(config_type: type, scheme: schemes.Scheme) -> dict[str, Any]:
 
 def _names(config_type: type) -> list[str]:
   return [field.name for field in dataclasses.fields(config_type)]
+
+
+def _required(config_type: type) -> list[str]:
+  """The fields without a default."""
+  return [
+    field.name
+    for field in dataclasses.fields(config_type)
+    if field.default is dataclasses.MISSING
+  ]
 
 
 def _parse(text: str, names: Sequence[str]) -> tuple[str, str, str]:

@@ -45,13 +45,11 @@ class SelfAttention(nn.Module):
         C, use_bias=True, implementation=self.implementation, name=name
       )
 
-    x = keep(x, mask)
-    q, k, v = (
-      dense(f'{name}_proj')(x).reshape(B, T, H, C // H) for name in 'qkv'
-    )
+    x = keep(x, mask)  # A search may replay one of more, split channels.
+    q, k, v = (dense(f'{name}_proj')(x).reshape(B, T, H, -1) for name in 'qkv')
     seen = None if mask is None else mask[:, None, None, :]  # (B, 1, 1, T)
     out = jax.nn.dot_product_attention(q, k, v, mask=seen)
-    return dense('o_proj')(keep(out.reshape(B, T, C), mask))
+    return dense('o_proj')(keep(out.reshape(B, T, -1), mask))
 
 
 class MLP(nn.Module):

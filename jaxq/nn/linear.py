@@ -11,6 +11,8 @@ may hold, at this layer's path,
            StepInput         -> x is in steps already: rounded, never scaled;
            FpxInput          -> x becomes small floats of a stored format;
   'low_rank': LowRank        -> (x @ a) @ b is added to y;
+              RoutedLowRank  -> so are terms that the token chooses
+                                (nn.routed_low_rank);
   'output': ActQuant         -> y is quantized (queries, keys and values).
 
 Nothing in the model changes: quantizing is replacing leaves. A bias that was
@@ -27,7 +29,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from jaxq.nn import matmul, taps
-from jaxq.numerics import formats, fpx, hadamard
+from jaxq.numerics import formats, fpx, hadamard, qarray
 from jaxq.numerics import spec as spec_lib
 
 
@@ -157,14 +159,21 @@ class SplitInput:
 
 @flax.struct.dataclass
 class LowRank:
-  """(x @ a) @ b, beside the kernel; a (K, r), b (r, N)."""
+  """(x @ a) @ b, beside the kernel; a (K, r), b (r, N), floats or QArrays."""
 
-  a: jax.Array
-  b: jax.Array
+  a: Any
+  b: Any
 
   def __call__(self, x: jax.Array) -> jax.Array:
     """(..., K) -> (..., N) in x.dtype; computed in a's dtype."""
-    return ((x.astype(self.a.dtype) @ self.a) @ self.b).astype(x.dtype)
+    a, b = dense(self.a), dense(self.b)
+    return ((x.astype(a.dtype) @ a) @ b).astype(x.dtype)
+
+  @property
+  def product(self) -> jax.Array:
+    """(K, N) float32: what all tokens take."""
+    a, b = dense(self.a), dense(self.b)
+    return a.astype(jnp.float32) @ b.astype(jnp.float32)
 
 
 @flax.struct.dataclass
@@ -177,6 +186,13 @@ class OnlineHadamard:
     """(..., K) -> (..., K); K must be a multiple of size."""
     blocks = x.reshape(*x.shape[:-1], x.shape[-1] // self.size, self.size)
     return hadamard.transform(blocks).reshape(x.shape)
+
+
+def dense(array: Any) -> jax.Array:
+  """A float array of an array or a QArray, which gives float32."""
+  if isinstance(array, qarray.QArray):
+    return qarray.dequantize(array)
+  return jnp.asarray(array)
 
 
 def param(module: nn.Module, name: str, init: Any, shape: tuple) -> Any:

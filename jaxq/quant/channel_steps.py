@@ -321,7 +321,13 @@ def _migrate(config, block, params, quant, stats):
           "passes. Use rest='dynamic' behind rotate."
         )
     absmax = found(stats, tap, 'absmax').state.absmax
-    _check_overflow(config, site, absmax.shape[0])
+    preconditions.require_exact_sums(
+      config.weights,
+      config.steps,
+      site.consumers[0],
+      len(absmax),
+      'mergequant',
+    )
     s = fit_scale(_to_producer(site, absmax, jnp.max), config.steps)
     params = equivalence.divide_producer(params, site, s)
     if is_norm:
@@ -387,13 +393,3 @@ def _refined(config, block, s: Site, params, quant, x):
 
   grid = jnp.array(REFINE_RATIOS, jnp.float32)
   return grid[jnp.argmin(lax.map(loss, grid))]
-
-
-def _check_overflow(config, site, K: int) -> None:
-  largest = K * 2 ** (config.steps.bits - 1) * 2**config.weights.bits
-  if largest >= 2**31:
-    raise ValueError(
-      f'mergequant: {site.consumers[0]} sums K={K} products of '
-      f'{config.steps.dtype} and {config.weights.dtype}, which may pass 2^31; '
-      'an int32 sum must not. Use fewer bits.'
-    )

@@ -1,7 +1,7 @@
 """Low-rank terms A B that make up for the rounding of kernels.
 
   start   the least tr((E - A B)^T H (E - A B)) of the error E = W - Q: with H =
-          L L^T, the first singular vectors of L^T E
+          D D^T, the first singular vectors of D^T E ("whitened")
   then    AdamW on the output of a branch of the block, beside the float one
 
 'keep' leaves W ~ Q + A B, in bfloat16: two thin matmuls at run time. 'merge'
@@ -25,10 +25,10 @@ from jax import lax
 
 from jaxq.nn import linear
 from jaxq.numerics import cholesky, qarray
-from jaxq.quant import channel_split
 
 Kernels = Mapping[str, jax.Array]
 Terms = dict[str, linear.LowRank]
+DAMPINGS = (0.01, 0.1, 1.0, 10.0)  # Of the mean diagonal, tried in order.
 _TINY = 1e-10
 _HIGHEST = lax.Precision.HIGHEST
 _RANGES = {
@@ -127,7 +127,7 @@ def compensate(
       return jnp.mean(jnp.square(y - branch.run(exact, x)))
 
     mine = {path: start[path] for path in branch.paths}
-    done |= _train(loss, mine, branch.sample, config)
+    done |= train(loss, mine, branch.sample, config)
   for path in sorted(set(kernels) - set(done)):
 
     def own_loss(terms, x, path=path):
@@ -137,7 +137,7 @@ def compensate(
       return jnp.sum(error * weighted)
 
     nothing = jnp.zeros((config.sample_sequences, 1))
-    done |= _train(own_loss, {path: start[path]}, nothing, config)
+    done |= train(own_loss, {path: start[path]}, nothing, config)
   return done
 
 
@@ -152,18 +152,72 @@ def fit(error: jax.Array, hessian: jax.Array, rank: int) -> linear.LowRank:
   Raises:
     ValueError: rank is above K or N.
   """
+  return whitened_svd(error, whitening(hessian), rank)
+
+
+def whitening(hessian: jax.Array) -> jax.Array:
+  """D (K, K) float32, lower triangular: D D^T = hessian + damping.
+
+  The damping is the first of DAMPINGS with which the factorization succeeds;
+  NaN where none does. A hessian of zeros gives the identity.
+  """
+  hessian = hessian.astype(jnp.float32)
+  identity = jnp.eye(hessian.shape[0], dtype=jnp.float32)
+  mean = jnp.mean(jnp.diagonal(hessian))
+  mean = jnp.where(mean == 0, 1.0 / DAMPINGS[0], mean)
+
+  def attempt(state):
+    tries, _ = state
+    damping = jnp.array(DAMPINGS, jnp.float32)[tries] * mean
+    return tries + 1, cholesky.cholesky(hessian + damping * identity)
+
+  def unsolved(state):
+    tries, lower = state
+    return (tries < len(DAMPINGS)) & ~jnp.all(jnp.isfinite(lower))
+
+  start = jnp.zeros((), jnp.int32), jnp.full_like(hessian, jnp.nan)
+  _, lower = lax.while_loop(unsolved, attempt, start)
+  return jnp.where(jnp.all(jnp.isfinite(lower)), lower, jnp.nan)
+
+
+def whitened_svd(
+  error: jax.Array, factor: jax.Array, rank: int
+) -> linear.LowRank:
+  """A B of the given rank with the least |D^T (error - A B)|.
+
+  It is D^-T U U^T D^T error = error V V^T with the first singular vectors U, V
+  of D^T error: of the two the smaller eigenproblem is solved.
+
+  Args:
+    error: (K, N).
+    factor: D (K, K), lower triangular, or the diagonal (K,) of one; positive.
+    rank: static.
+
+  Raises:
+    ValueError: rank is above K or N.
+  """
   if rank > min(error.shape):
     raise ValueError(
-      f'mergequant: rank={rank} is larger than a layer of shape '
+      f'low_rank: rank={rank} is larger than a layer of shape '
       f'{error.shape}; at most {min(error.shape)} is allowed. Lower rank.'
     )
-  lower = cholesky.cholesky(channel_split.damped(hessian))
-  weighted = jnp.matmul(lower.T, error, precision=_HIGHEST)  # (K, N)
-  gram = jnp.matmul(weighted, weighted.T, precision=_HIGHEST)
-  _, vectors = jnp.linalg.eigh(gram)
-  top = vectors[:, ::-1][:, :rank]
-  a = jax.scipy.linalg.solve_triangular(lower.T, top, lower=False)
-  b = jnp.matmul(top.T, weighted, precision=_HIGHEST)
+  diagonal = factor.ndim == 1
+  weighted = (
+    factor[:, None] * error
+    if diagonal
+    else jnp.matmul(factor.T, error, precision=_HIGHEST)
+  )  # (K, N)
+  if error.shape[0] <= error.shape[1]:
+    top = _top(jnp.matmul(weighted, weighted.T, precision=_HIGHEST), rank)
+    b = jnp.matmul(top.T, weighted, precision=_HIGHEST)
+    a = (
+      top / factor[:, None]
+      if diagonal
+      else jax.scipy.linalg.solve_triangular(factor.T, top, lower=False)
+    )
+  else:
+    top = _top(jnp.matmul(weighted.T, weighted, precision=_HIGHEST), rank)
+    a, b = jnp.matmul(error, top, precision=_HIGHEST), top.T
   norm_a = jnp.linalg.norm(a, axis=0) + _TINY
   ratio = jnp.sqrt((jnp.linalg.norm(b, axis=1) + _TINY) / norm_a)
   return linear.LowRank(a * ratio[None], b / ratio[:, None])
@@ -179,6 +233,12 @@ def merge(
     scale=qarray.effective_scale(q),
     zero_point=q.zero_point,
   )
+
+
+def _top(gram: jax.Array, rank: int) -> jax.Array:
+  """The eigenvectors (n, rank) of the largest eigenvalues of gram (n, n)."""
+  _, vectors = jnp.linalg.eigh(gram)
+  return vectors[:, ::-1][:, :rank]
 
 
 def _effective(w, q, term, config) -> jax.Array:
@@ -202,28 +262,39 @@ def _latent(w: jax.Array, q: qarray.QArray) -> jax.Array:
   return base + jnp.clip(w - base, -half, half)
 
 
-def _train(
-  loss: Callable[[Terms, jax.Array], jax.Array],
-  start: Terms,
-  x: jax.Array,
+def train(
+  loss: Callable[[Any, Any], jax.Array],
+  start: Any,
+  samples: Any,
   config: LowRankConfig,
-) -> Terms:
-  """AdamW from `start`, one of x (S, ...) at a time; the best of three."""
+) -> Any:
+  """AdamW, one sample at a time; of zero, `start` and trained what errs least.
+
+  Args:
+    loss: (terms, sample) -> (); a sample is of a batch of one.
+    start: terms, a pytree of floats.
+    samples: a pytree of arrays (S, ...).
+    config: epochs and learning_rate.
+  """
   optimizer = optax.adamw(config.learning_rate)
+
+  def sample(i):
+    return jax.tree.map(lambda x: x[i][None], samples)
 
   def step(carry, i):
     terms, state = carry
-    gradient = jax.grad(loss)(terms, x[i][None])
+    gradient = jax.grad(loss)(terms, sample(i))
     with jax.numpy_dtype_promotion('standard'):  # Its powers need that.
       updates, state = optimizer.update(gradient, state, terms)
     return (optax.apply_updates(terms, updates), state), None
 
-  order = jnp.tile(jnp.arange(x.shape[0]), config.epochs)
+  indices = jnp.arange(jax.tree.leaves(samples)[0].shape[0])
+  order = jnp.tile(indices, config.epochs)
   (trained, _), _ = lax.scan(step, (start, optimizer.init(start)), order)
   candidates = [jax.tree.map(jnp.zeros_like, start), start, trained]
 
   def total(terms):
-    return jnp.sum(lax.map(lambda one: loss(terms, one[None]), x))
+    return jnp.sum(lax.map(lambda i: loss(terms, sample(i)), indices))
 
   losses = jnp.stack([total(terms) for terms in candidates])
   best = jnp.argmin(jnp.where(jnp.isfinite(losses), losses, jnp.inf))

@@ -109,20 +109,9 @@ class MergeQuantConfig:
           f'MergeQuantConfig: {name}={getattr(self, name)!r}; allowed '
           f'{list(allowed)}. Use one of them.'
         )
-    if not (
-      self.inputs.is_integer and self.inputs.symmetric and self.inputs.bits > 3
-    ):
-      raise ValueError(
-        f'MergeQuantConfig: inputs are {self.inputs.dtype}, symmetric='
-        f'{self.inputs.symmetric}; allowed symmetric int4..int8, whose codes '
-        'are multiplied as they are. Choose a scheme such as W4A4.'
-      )
-    if not self.weights.is_integer or self.weights.granularity != 'channel':
-      raise ValueError(
-        f'MergeQuantConfig: weights are {self.weights.dtype} per '
-        f'{self.weights.granularity}; allowed int2..int8 per channel, the one '
-        'scale behind an integer matmul. Give --group_size=-1.'
-      )
+    preconditions.require_step_specs(
+      self.weights, self.inputs, 'MergeQuantConfig', 'W4A4'
+    )
     if self.rank and self.weight == 'none':
       raise ValueError(
         f"MergeQuantConfig: rank={self.rank} with weight='none'; there is no "
@@ -215,19 +204,9 @@ def require_tokens(where: str, stats: transform.Stats) -> None:
   Raises:
     ValueError: there is one.
   """
-  for tap, named in stats.items():
-    if 'hessian' not in named:
-      continue
-    found: Any = named['hessian']
-    if isinstance(found, outliertune.IntegerHessian):
-      found = found.hessian
-    tokens, K = int(found.count), found.total.shape[0]
-    if tokens < K:
-      raise ValueError(
-        f'mergequant: the Hessian at {where}/{tap} is of {tokens} calibration '
-        f'tokens; K={K} channels need as many. Calibrate with more text, or '
-        "use weight='rtn', rank=0 and prune='absmax'."
-      )
+  preconditions.require_tokens(
+    where, stats, 'mergequant', "use weight='rtn', rank=0 and prune='absmax'"
+  )
 
 
 def _part(config: MergeQuantConfig, kind: type) -> Any:

@@ -313,7 +313,8 @@ def migrate(
     bound = 1.0 if has_bias and _is_norm(params, site) else 0.1
   loss = _site_loss(block, site, params, x, mask, config)
   _, s, losses = search_threshold(loss, low, high, config, bound)
-  s = jnp.where(jnp.any(mask), s, jnp.nan)
+  # An expert that no token reached is left alone; a norm sees all tokens.
+  s = jnp.where(jnp.any(mask), s, jnp.nan if _is_norm(params, site) else 1.0)
   return equivalence.divide_producer(params, site, s), losses
 
 
@@ -390,10 +391,9 @@ def _sites(block: blocks.BlockSpec) -> list[tuple[blocks.Site, str]]:
   """
   chosen = []
   for site in block.sites:
-    linears = [block.linear(path) for path in site.consumers]
-    found = [lin.tap for lin in linears if lin is not None]
-    if found and site.heads is None:
-      chosen.append((site, found[0]))
+    tap = block.tap_of(site)
+    if tap and site.heads is None:
+      chosen.append((site, tap))
   if block.linears and not any(site.heads is None for site in block.sites):
     raise ValueError(
       f'os_plus: the block {type(block.module).__name__} declares no site '

@@ -95,20 +95,9 @@ class OutlierTuneConfig:
           f'OutlierTuneConfig: {name}={getattr(self, name)!r}; allowed '
           f'{list(allowed)}. Use one of them.'
         )
-    if not (
-      self.inputs.is_integer and self.inputs.symmetric and self.inputs.bits > 3
-    ):
-      raise ValueError(
-        f'OutlierTuneConfig: inputs are {self.inputs.dtype}, symmetric='
-        f'{self.inputs.symmetric}; allowed symmetric int4..int8, whose codes '
-        'are multiplied as they are. Choose a scheme such as W8A8.'
-      )
-    if not self.weights.is_integer or self.weights.granularity != 'channel':
-      raise ValueError(
-        f'OutlierTuneConfig: weights are {self.weights.dtype} per '
-        f'{self.weights.granularity}; allowed int2..int8 per channel, the one '
-        'scale behind an integer matmul. Give --group_size=-1.'
-      )
+    preconditions.require_step_specs(
+      self.weights, self.inputs, 'OutlierTuneConfig', 'W8A8'
+    )
     if not 0 < self.clip <= 1:
       raise ValueError(
         f'OutlierTuneConfig: clip={self.clip}; it must lie in (0, 1]. Use 1.0, '
@@ -335,13 +324,8 @@ def _sites(block: blocks.BlockSpec) -> list[tuple[blocks.Site, str]]:
       'whose producer is a norm; scales have nowhere to go. Use rtn or gptq '
       'with this model.'
     )
-  chosen = []
-  for site in sites:
-    linears = [block.linear(path) for path in site.consumers]
-    found = [lin.tap for lin in linears if lin is not None]
-    if found:
-      chosen.append((site, found[0]))
-  return chosen
+  found = ((site, block.tap_of(site)) for site in sites)
+  return [(site, tap) for site, tap in found if tap]
 
 
 def _observe_middles(block) -> transform.Requests:
@@ -387,7 +371,9 @@ def _scale(config, block, params, quant, stats):
       if isinstance(found, observers.MinMax)
       else (-found.absmax, found.absmax)
     )
-    _check_overflow(config, site, low.shape[0])
+    preconditions.require_exact_sums(
+      config.weights, config.inputs, site.consumers[0], len(low), 'outliertune'
+    )
     s = channel_scale(low, high, config.steps, config.clip)
     params = equivalence.divide_producer(params, site, s)
     quantizers |= dict.fromkeys(site.consumers, linear.StepInput(config.steps))
@@ -404,9 +390,9 @@ def _observe_hessians(config, block) -> transform.Requests:
   def integer(shape):
     return IntegerHessian(observers.hessian(shape), config.steps)
 
-  in_steps = {tap for _, tap in _sites(block)}
+  in_steps = {path for site, _ in _sites(block) for path in site.consumers}
   return {
-    lin.tap: {'hessian': integer if lin.tap in in_steps else observers.hessian}
+    lin.tap: {'hessian': integer if lin.path in in_steps else observers.hessian}
     for lin in block.linears
   }
 
@@ -429,16 +415,6 @@ def _round(solver, block, params, quant, stats):
 def _check(params, quant, site) -> None:
   preconditions.require_float(params, site.consumers, 'outliertune')
   preconditions.require_dynamic_inputs(quant, site.consumers, 'outliertune')
-
-
-def _check_overflow(config, site, K: int) -> None:
-  largest = K * 2 ** (config.inputs.bits - 1) * 2**config.weights.bits
-  if largest >= 2**31:
-    raise ValueError(
-      f'outliertune: {site.consumers[0]} sums K={K} products of '
-      f'{config.inputs.dtype} and {config.weights.dtype}, which may pass 2^31; '
-      'an int32 sum must not. Use fewer bits.'
-    )
 
 
 def _found(stats, tap, name):

@@ -37,6 +37,8 @@ from tests.calibrate import testing as models_testing
 from tests.quant import testing
 
 C, F, H, D = 64, 128, 4, 16
+# Channels that are large for all tokens, and for those of either modality.
+COMMON, MODAL = (2, 33), ((5, 12, 41, 50), (8, 23, 30, 61))
 MASSIVE_CHANNEL = 20
 KINDS = ('layer', 'parallel', 'post', 'rms')
 
@@ -177,6 +179,29 @@ def inputs(
   if plant.first_token:
     x = x.at[:, 0, MASSIVE_CHANNEL].set(plant.first_token)
   return x
+
+
+def modal_inputs(
+  seed: int = 1, batch: int = 8, length: int = 32, size: float = 20.0
+) -> tuple[jax.Array, jax.Array]:
+  """Two modalities whose outliers lie in other channels, and common ones.
+
+  Outliers have a sign of their own, as those of language models, and half of
+  their size as deviation. The first half of a sequence is of modality 0.
+
+  Returns:
+    x (batch, length, C), modality (batch, length) int32.
+  """
+  noise = jax.random.normal(jax.random.key(seed), (batch, length, C))
+  late = (jnp.arange(length) >= length // 2).astype(jnp.int32)
+  modality = jnp.broadcast_to(late, (batch, length))
+  signs = jnp.where(jnp.arange(C) % 3 == 0, -1.0, 1.0)[None, None]
+  outliers = size * (signs + 0.5 * noise)
+  masks = []
+  for modal in MODAL:
+    channels = jnp.array(COMMON + modal)
+    masks.append(jnp.zeros(C, bool).at[channels].set(True))
+  return jnp.where(jnp.stack(masks)[modality], outliers, noise), modality
 
 
 def model(plant: Plant, num_layers: int = 2) -> loading.OpenModel:

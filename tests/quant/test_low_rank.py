@@ -74,6 +74,43 @@ class FitTest(parameterized.TestCase):
     term = low_rank.fit(w, jnp.zeros((K, K)), 4)
     self.assertTrue(bool(jnp.all(jnp.isfinite(term.a @ term.b))))
 
+  def test_damping_grows_until_it_factors(self):
+    indefinite = jnp.diag(jnp.array([1.0, 1.0, -0.5]))
+    lower = low_rank.whitening(indefinite)
+    # 1 % and 10 % of the mean of 0.5 are not enough, nor is all of it.
+    np.testing.assert_allclose(
+      lower @ lower.T, indefinite + 5.0 * jnp.eye(3), rtol=1e-5
+    )
+    self.assertTrue(bool(jnp.all(jnp.isnan(low_rank.whitening(-indefinite)))))
+
+  @parameterized.parameters(((16, 40),), ((40, 16),))
+  def test_no_other_term_of_its_rank_is_better(self, shape):
+    """Alternating least squares from random starts ends no lower."""
+    rng = np.random.default_rng(0)
+    K, rank = shape[0], 3
+    d = rng.normal(size=(K, K)) * np.arange(1, K + 1) / K
+    gram, e = d @ d.T, rng.normal(size=shape)
+    lower = np.asarray(low_rank.whitening(jnp.asarray(gram, jnp.float32)))
+    damped = np.asarray(lower, np.float64) @ np.asarray(lower, np.float64).T
+    term = low_rank.whitened_svd(
+      jnp.asarray(e, jnp.float32), jnp.asarray(lower), rank
+    )
+
+    def energy(product):
+      r = e - product
+      return np.sum(r * (damped @ r))
+
+    ours = energy(np.asarray(term.a, np.float64) @ np.asarray(term.b))
+    best = np.inf
+    for _ in range(5):
+      a = rng.normal(size=(K, rank))
+      for _ in range(200):
+        b = np.linalg.solve(a.T @ damped @ a, a.T @ damped @ e)
+        a = e @ b.T @ np.linalg.inv(b @ b.T)
+      best = min(best, energy(a @ b))
+    self.assertLess(ours, best * (1 + 1e-3))
+    self.assertGreater(ours, best * (1 - 1e-3))
+
 
 class CompensateTest(parameterized.TestCase):
   def test_merged_terms_gain_on_rounding_to_nearest(self):
