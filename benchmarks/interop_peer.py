@@ -13,17 +13,19 @@ Then, in both forms, it loads OUT/SCHEME with transformers and writes the mean
 negative log-likelihood of TOKENS, (windows, T) int, to OUT/SCHEME.peer.json,
 with two attention implementations: equal but for rounding, they show how far
 rounding alone moves a model with quantized inputs. benchmarks/interop.py is the
-other side.
+other side. --double is the control in float64 on both.
 """
 
 import argparse
 import json
 import os
 import pathlib
+from unittest import mock
 
 import numpy as np
 
 GROUP_SIZE = 64
+OFF_BOUNDARY = 1 + 1e-6  # On the steps of dynamic inputs, with --double.
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -34,6 +36,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
   parser.add_argument('--tokens', required=True, help='.npy (windows, T)')
   parser.add_argument('--root', required=True, help='one folder per scheme')
   parser.add_argument('--schemes', required=True, help='names, with commas')
+  parser.add_argument('--double', action='store_true', help='in float64')
   return parser.parse_args(argv)
 
 
@@ -79,11 +82,17 @@ def write(args: argparse.Namespace, scheme: str, tokens: np.ndarray) -> None:
   tokenizer.save_pretrained(folder)
 
 
-def nll(folder: str, tokens: np.ndarray, attention: str) -> float:
+def nll(
+  folder: str, tokens: np.ndarray, attention: str, double: bool = False
+) -> float:
   """Mean NLL of tokens 1..T-1 of each window, through transformers.
 
   Block formats are decoded to bfloat16, which is all that transformers decodes
-  them to, and then computed with in float32 like the others.
+  them to, and then computed with in float32 like the others; in float64 if
+  `double`, where transformers' own code asks for float32 too. The format's step
+  for dynamic inputs puts the largest value of every token on the boundary of
+  two codes (127.5 steps), where the last bit decides, so `double` takes it
+  OFF_BOUNDARY.
   """
   import torch
   import transformers
@@ -98,13 +107,38 @@ def nll(folder: str, tokens: np.ndarray, attention: str) -> float:
   # Not model.float(): transformers refuses it, decoded or not.
   model = torch.nn.Module.float(load(folder, **how).eval())
   ids = torch.from_numpy(tokens.astype(np.int64))
-  with torch.inference_mode():
+
+  def forward():
     logits = model(input_ids=ids, use_cache=False).logits.float()
-  return float(
-    torch.nn.functional.cross_entropy(
-      logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()
+    return float(
+      torch.nn.functional.cross_entropy(
+        logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()
+      )
     )
-  )
+
+  with torch.inference_mode():
+    if not double:
+      return forward()
+    from compressed_tensors.quantization.lifecycle import forward as lifecycle
+
+    dynamic = lifecycle.compute_dynamic_scales_and_zp
+
+    def off_boundary(*args, **keywords):
+      scale, zero = dynamic(*args, **keywords)
+      return scale * OFF_BOUNDARY, zero
+
+    # Norms, angles and softmax are float32 by these names, whatever the model.
+    with (
+      mock.patch.object(
+        lifecycle, 'compute_dynamic_scales_and_zp', off_boundary
+      ),
+      mock.patch.multiple(torch, float32=torch.float64, float=torch.float64),
+      mock.patch.object(torch.Tensor, 'float', torch.Tensor.double),
+    ):
+      model = torch.nn.Module.double(model)
+      rotary = model.model.rotary_emb
+      model.model.rotary_emb = type(rotary)(model.config)
+      return forward()
 
 
 def main() -> None:
@@ -117,7 +151,7 @@ def main() -> None:
     if args.write:
       write(args, scheme, tokens)
     folder = os.path.join(args.root, scheme)
-    found = {a: nll(folder, tokens, a) for a in ('eager', 'sdpa')}
+    found = {a: nll(folder, tokens, a, args.double) for a in ('eager', 'sdpa')}
     pathlib.Path(f'{folder}.peer.json').write_text(json.dumps(found))
     print(scheme, found, flush=True)
 

@@ -1,10 +1,11 @@
 """The peer of the side-by-side benchmark: llm-compressor on the same tokens.
 
 Quantizes a Hugging Face directory with llm-compressor's `oneshot` on the CPU,
-on exactly the calibration token ids it is given, and measures three things:
+on exactly the calibration token ids it is given, and measures four things:
 the wall seconds of `oneshot` alone (the model is loaded before, perplexity is
-taken after), the peak resident memory up to the end of `oneshot`, and the
-token perplexity over non-overlapping windows in float32.
+taken after), those of the process from its first line to the end of `oneshot`,
+the peak resident memory up to there, and the token perplexity over
+non-overlapping windows in float32.
 
 It imports nothing of jaxq and runs with the peer's own interpreter (README.md
 beside this file says how to make it), one scheme per process, so that neither
@@ -32,6 +33,8 @@ from typing import Any
 from unittest import mock
 
 import numpy as np
+
+_STARTED = time.perf_counter()
 
 METHODS = ('rtn', 'gptq', 'awq')
 # bits and group size of the weights (-1: per channel), bits of the activations.
@@ -299,11 +302,13 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
   seconds = None
   if args.scheme != 'float':
     seconds = compress(model, calibration, args)
+  process_seconds = time.perf_counter() - _STARTED
   peak = peak_rss_mb()
   nlls = window_nlls(model, evaluation)
   return {
     'scheme': args.scheme,
     'seconds': seconds,
+    'process_seconds': process_seconds,
     'peak_rss_mb': round(peak, 1),
     'loaded_rss_mb': round(loaded, 1),
     'perplexity': math.exp(sum(nlls) / len(nlls)),

@@ -19,6 +19,10 @@ changes the input of all blocks above, by far more than float rounding, and
 GPTQ amplifies it: the two runs part, as runs on two samples do, and only
 perplexities can be compared.
 
+--double is the control: both runs in float64 (benchmarks/double_precision.py).
+If the codes that differ are ties of float32 sums and nothing else, hardly any
+is left.
+
 Exit code 1 if
 
   - scales differ by more than 1e-5 relative,
@@ -54,6 +58,7 @@ flags.DEFINE_float(
 flags.DEFINE_float(
   'max_ratio', 1e-4, 'Relative difference of the perplexities.'
 )
+flags.DEFINE_bool('double', False, 'Both runs in float64.')
 flags.DEFINE_integer('eval_tokens', 8192, 'In windows of 2048.')
 
 MODEL = 'smollm2-135m'
@@ -181,7 +186,10 @@ def calibrate(output: pathlib.Path, flags: list[str], devices: int) -> None:
   env = os.environ | {'JAX_PLATFORMS': 'cpu'}
   count = f'--xla_force_host_platform_device_count={devices}'
   env['XLA_FLAGS'] = f'{env.get("XLA_FLAGS", "")} {count}'.strip()
-  command = [sys.executable, '-m', 'experiments.calibrate']
+  command = [sys.executable, '-m']
+  if FLAGS.double:
+    command.append('benchmarks.double_precision')
+  command.append('experiments.calibrate')
   command += [f'--model={MODEL}', f'--output={output}', '--noevaluate', *flags]
   if devices > 1:
     command.append(f'--mesh={MESH}')

@@ -16,6 +16,10 @@ the float one.
 A run resumes at the first block that was not saved: the saved ones are only
 run forward, by the same compiled function on the same values, so an
 interrupted run ends with the same bits.
+
+Nothing here knows how many hosts there are: what goes to the mesh or leaves it
+passes through steps.Steps and parallel.arrays, and a store writes what spans
+hosts by all of them (io.shared_checkpoint).
 """
 
 import dataclasses
@@ -30,9 +34,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxq.calibrate import observers, probe
+from jaxq.calibrate import checks, observers, probe
 from jaxq.calibrate import steps as steps_lib
 from jaxq.nn import blocks, taps
+from jaxq.parallel import arrays, preemption
 from jaxq.parallel import mesh as mesh_lib
 from jaxq.quant import transform as transform_lib
 
@@ -133,7 +138,7 @@ class LinearReport:
 
   name: of the linear. size: its number of weights.
   bits: per weight, all metadata counted.
-  sqnr_db: of the weights.
+  sqnr_db: of the weights, in the scales that the layer multiplies them with.
   """
 
   name: str
@@ -146,9 +151,9 @@ class LinearReport:
 class BlockReport:
   """What became of one block.
 
-  output_sqnr_db: of the block's output on the first batch, quantized against
-    float, both fed the same input. seconds: all of the block's work.
-  rtn_sqnr_db, stream_sqnr_db, channels: of the probe (probe.Reading).
+  output_sqnr_db, rtn_sqnr_db, stream_sqnr_db, channels: of the probe
+    (probe.Reading).
+  seconds: all of the block's work.
   expert_tokens: calibration tokens routed to each expert of a sparse block; ()
     of others, and where the methods take no statistics.
   """
@@ -188,7 +193,7 @@ class Calibrator:
       () if mesh is None else model.rules(mesh),
       mesh,
     )
-    self._probe = probe.Probe(model, self.steps)
+    self._probe = probe.Probe(model, self.steps, config.batch_size)
     self._expert_tokens: tuple[int, ...] = ()
 
   @property
@@ -213,16 +218,17 @@ class Calibrator:
     Raises:
       ValueError: no or indivisible sequences, a pattern that ignores nothing,
         NaN or Inf in weights or activations (the layer is named).
+      preemption.Preempted: this job was told to stop, and a block is saved.
     """
     self._check_run(data)
     outside: Any = self._model.outside()
-    _check_finite(outside, 'outside the blocks')
+    checks.finite(outside, 'outside the blocks')
     outside = self.steps.place(outside)
     self._probe.start(outside, data)
     for stage in self.steps.stages:
       outside = jax.jit(stage.outside)(outside)
     if not store.has_outside():
-      store.save_outside(jax.device_get(outside))
+      store.save_outside(arrays.to_store(outside))
     xs = self._embed_all(outside, data)
     apart = self._config.inputs == 'quantized' and self.steps.streams
     floats = list(xs) if apart else None  # Those of the float model.
@@ -234,7 +240,8 @@ class Calibrator:
         if floats is not None:
           floats = [self.steps.bridge(i, outside, x) for x in floats]
         self._probe.bridge(i)
-      xs, floats = self._block(i, xs, floats, store, on_block)
+      with jax.profiler.StepTraceAnnotation('block', step_num=i):
+        xs, floats = self._block(i, xs, floats, store, on_block)
 
   def check(self, data: Any) -> None:
     """Refuses at once what `run` would only find on its way.
@@ -250,7 +257,7 @@ class Calibrator:
         shapes of the block.
     """
     self._check_run(data)
-    outside = self._model.outside()
+    outside = steps_lib.shapes_of(self._model.outside())
     batch = jax.tree.map(lambda a: a[: self._config.batch_size], data)
     carry = jax.eval_shape(self._model.embed, outside, batch)
     traced = set()
@@ -262,7 +269,7 @@ class Calibrator:
       if spec not in traced:
         traced.add(spec)
         params = self._model.block_params(i)
-        _check_finite(params, f'blocks.{i}')
+        checks.finite(params, f'blocks.{i}')
         self.steps.trace(spec, params, carry)
 
   def _spec(self, i: int) -> blocks.BlockSpec:
@@ -285,8 +292,8 @@ class Calibrator:
         before, _ = self._quantize(i, spec, xs, floats, until_float=True)
     else:
       before, variables = self._quantize(i, spec, xs, floats)
-      store.save_block(i, jax.device_get(variables))
-      variables = self.steps.place(variables)
+      store.save_block(i, arrays.to_store(variables))
+    preemption.check(f'{i + 1} of {self._model.num_blocks} blocks are saved')
     feed = variables if self._config.inputs == 'quantized' else before
     first, xs = xs[0], self._advance(i, spec, feed, xs)
     if floats is not None:
@@ -294,18 +301,15 @@ class Calibrator:
     if done:
       self._probe.skip(i)
     else:
-      other: Any = before if feed is variables else variables
-      y, _ = self._forward_of(other)(spec, other, first)
-      pair = (y, xs[0]) if feed is variables else (xs[0], y)
-      output_sqnr_db = float(probe.sqnr(*map(blocks.stream, pair)))
+      assert before is not None  # It was made here.
       linears = self._linear_reports(i, spec, before, variables)
       behind = xs[0] if feed is variables else None
-      del before, feed, other, y, pair
-      reading = self._probe.read(i, variables, first, behind)
+      del feed
+      reading = self._probe.read(i, before, variables, first, behind)
       on_block(
         BlockReport(
           index=i,
-          output_sqnr_db=output_sqnr_db,
+          output_sqnr_db=reading.output_sqnr_db,
           seconds=time.perf_counter() - start,
           linears=linears,
           rtn_sqnr_db=reading.rtn_sqnr_db,
@@ -368,7 +372,7 @@ class Calibrator:
   ) -> tuple[Params, Params]:
     """The block's last all-float variables, and its final ones."""
     host = self._model.block_params(i)
-    _check_finite(host, f'blocks.{i}')
+    checks.finite(host, f'blocks.{i}')
     float_variables = variables = self.steps.place(
       {'params': host, 'quant': {}}
     )
@@ -384,16 +388,16 @@ class Calibrator:
       stats = self._statistics(i, spec, requests, observe, variables, xs)
       if spec.coverage in stats:
         routed = stats.pop(spec.coverage)['tokens'].total
-        self._expert_tokens = tuple(int(n) for n in routed)
-      stage.check(f'blocks.{i}', stats)
+        self._expert_tokens = tuple(int(n) for n in np.asarray(routed))
       stats = steps_lib.with_streams(stage, stats, xs, floats)
+      stage.check(f'blocks.{i}', stats)
       solve = self.steps.place_to_solve(variables)
       arguments = (spec, solve['params'], solve['quant'], stats)
       if until_float and _quantizes(stage, *arguments):
         break
       params, quant = apply(*arguments)
       variables = self.steps.place({'params': params, 'quant': quant})
-      _check_finite(params, f'blocks.{i}', stage.failure)
+      checks.finite(params, f'blocks.{i}', stage.failure)
       if steps_lib.is_float(variables):
         float_variables = variables
     return float_variables, variables
@@ -410,15 +414,7 @@ class Calibrator:
       if all(_is_full(state) for state in _states(states)):
         break
     stats = {path: taps.get_path(states, path) for path in requests}
-    for path, named in stats.items():
-      for name, state in named.items():
-        if not all(
-          bool(jnp.all(jnp.isfinite(leaf))) for leaf in jax.tree.leaves(state)
-        ):
-          raise ValueError(
-            f'{blocks.name_of(i, path)}: {name} of its activations is NaN or '
-            'Inf; check the weights before it, or calibrate in float32.'
-          )
+    checks.finite_stats(stats, i)
     return stats
 
   def _forward_of(self, variables: Params) -> Any:
@@ -445,12 +441,12 @@ class Calibrator:
     """What became of the block's kernels."""
     reports: list[LinearReport] = []
     for linear in spec.linears:
-      old = blocks.kernel_of(before['params'], linear.path)
+      old = probe.folded(spec, linear.path, before, after)
       new = blocks.kernel_of(after['params'], linear.path)
       if isinstance(new, jax.Array):
         continue
-      split = taps.get_path(after['quant'], f'{linear.path}/split')
-      bits, w = probe.stored(new, split, old.shape[0])
+      marks = taps.get_path(after['quant'], linear.path) or {}
+      bits, w = probe.stored(new, marks, old.shape[0])
       reports.append(
         LinearReport(
           name=blocks.name_of(i, linear.path),
@@ -478,23 +474,3 @@ def _quantizes(stage, spec, params, quant, stats) -> bool:
     lambda *args: stage.apply(spec, *args), params, quant, stats
   )
   return not steps_lib.is_float({'params': params, 'quant': quant})
-
-
-def _damaged(name: str) -> str:
-  return (
-    f'{name}: NaN or Inf in the checkpoint; the file is damaged or was saved '
-    'from a diverged run. Get it again.'
-  )
-
-
-def _check_finite(
-  params: Params, where: str, message: Callable[[str], str] = _damaged
-) -> None:
-  """Raises ValueError naming the first parameter with NaN or Inf."""
-  for path, leaf in taps.leaves(params):
-    for array in jax.tree.leaves(leaf):
-      if not jnp.issubdtype(array.dtype, jnp.floating):
-        continue
-      xp = np if isinstance(array, np.ndarray) else jnp
-      if not bool(xp.all(xp.isfinite(array))):
-        raise ValueError(message(f'{where}.{path}'.replace('/', '.')))

@@ -124,25 +124,42 @@ class Percentile:
 
 @flax.struct.dataclass
 class Hessian:
-  """total (K, K), count (): sum of x x^T over tokens, and their number.
+  """upper (K, K), count (): sum of x x^T over tokens, and their number.
 
-  The Hessian of the squared output error is 2 total / count. Costs 2 K^2 flops
-  a token, at the highest matmul precision: its inverse is what counts.
+  The Hessian of the squared output error is twice its mean. Only the blocks on
+  and above the diagonal are summed: 1.25 K^2 flops a token where K divides by
+  4. At the highest matmul precision, as its inverse is what counts.
   """
 
-  total: jax.Array
+  upper: jax.Array
   count: jax.Array
 
   def update(self, x: jax.Array) -> 'Hessian':
     """x (..., K)."""
     flat = _flat(x)
-    gram = jnp.matmul(flat.T, flat, precision=jax.lax.Precision.HIGHEST)
-    return Hessian(self.total + gram, self.count + flat.shape[0])
+    return Hessian(self.upper + _upper_gram(flat), self.count + flat.shape[0])
 
   @property
   def mean(self) -> jax.Array:
-    """2 E[x x^T] (K, K)."""
-    return 2.0 * self.total / jnp.maximum(self.count, 1.0)
+    """2 E[x x^T] (K, K), symmetric to the last bit."""
+    total = jnp.triu(self.upper) + jnp.triu(self.upper, 1).mT
+    return 2.0 * total / jnp.maximum(self.count, 1.0)
+
+
+def _upper_gram(x: jax.Array) -> jax.Array:
+  """x (tokens, K) -> x^T x (K, K), zero in the blocks below the diagonal."""
+  K = x.shape[1]
+  # Blocks smaller than this lose more by their size than symmetry saves.
+  parts = next((n for n in (4, 3, 2) if K % n == 0 and K // n >= 192), 1)
+  cut = jnp.split(x, parts, axis=1)
+  zero = jnp.zeros((K // parts, K // parts), x.dtype)
+  product = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
+  return jnp.block(
+    [
+      [zero if j < i else product(cut[i].T, cut[j]) for j in range(parts)]
+      for i in range(parts)
+    ]
+  )
 
 
 @flax.struct.dataclass

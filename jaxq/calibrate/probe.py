@@ -10,7 +10,7 @@ outliers before and are after. Nothing of it flows back into the calibration.
 The float stream is its own, so that a rotated model is compared with the model
 as it was.
 
-Costs three forward passes of a block over two samples (one per device of the
+Costs four forward passes of a block over two samples (one per device of the
 mesh's `data`), and where stages come before the rounding one, the memory of one
 more float block.
 """
@@ -27,7 +27,7 @@ import numpy as np
 from jaxq.calibrate import observers
 from jaxq.calibrate import steps as steps_lib
 from jaxq.nn import blocks, linear, taps
-from jaxq.numerics import binary, qarray
+from jaxq.numerics import binary, formats, fpx, qarray
 from jaxq.numerics import spec as spec_lib
 from jaxq.parallel import mesh as mesh_lib
 from jaxq.quant import transform as transform_lib
@@ -55,6 +55,8 @@ class Reading:
   """What the probe saw at one block.
 
   Attributes:
+    output_sqnr_db: of the block's output, quantized against float as the
+      methods before the rounding one left it, both fed the calibration's input.
     rtn_sqnr_db: of the block's output, rounded to nearest against float, both
       fed the float model's activations; None where a kernel is not a QArray
       that rounding makes.
@@ -64,6 +66,7 @@ class Reading:
       linears' inputs.
   """
 
+  output_sqnr_db: float
   rtn_sqnr_db: float | None
   stream_sqnr_db: float | None
   channels: Channels
@@ -72,14 +75,16 @@ class Reading:
 class Probe:
   """Follows a calibration, block by block and in order."""
 
-  def __init__(self, model: ProbedModel, steps: steps_lib.Steps):
+  def __init__(
+    self, model: ProbedModel, steps: steps_lib.Steps, batch_size: int
+  ):
     self._model = model
     self._steps = steps
     self._x: Any = None
     self._taken: Any = None
     mesh = steps.mesh
     size = 1 if mesh is None else dict(mesh.shape).get('data', 1)
-    self._samples = size if size > 1 else SAMPLES
+    self._samples = size if size > 1 else min(SAMPLES, batch_size)
     unchanged = transform_lib.Transform._field_defaults['outside']
     self._one_basis = all(s.outside is unchanged for s in steps.stages)
     batch = None if mesh is None else mesh_lib.batch_sharding(mesh)
@@ -124,18 +129,26 @@ class Probe:
     self._x, _ = self._look(self._model.block_at(i), self._float(i), self._x)
 
   def read(
-    self, i: int, variables: Params, x: blocks.Carry, y: blocks.Carry | None
+    self,
+    i: int,
+    before: Params,
+    variables: Params,
+    x: blocks.Carry,
+    y: blocks.Carry | None,
   ) -> Reading:
     """Passes block i and compares.
 
     Args:
       i: its index.
-      variables: {'params', 'quant'} of the quantized block, placed.
+      before: {'params', 'quant'} of the block while it was float, placed.
+      variables: those of the quantized block.
       x: the first batch in front of the quantized block.
       y: behind it; None where the float block feeds the next one.
     """
     spec = self._model.block_at(i)
-    _, after = self._look(spec, variables, self._head(x))
+    x = self._head(x)
+    made, after = self._look(spec, variables, x)
+    kept = self._apply(_bare(spec), before, x)
     nearest = dict(self._float(i))
     want, before = self._look(spec, nearest, self._x)
     rtn = stream = None
@@ -152,6 +165,7 @@ class Probe:
       stream = float(sqnr(blocks.stream(want), blocks.stream(self._head(y))))
     self._x = want
     return Reading(
+      output_sqnr_db=float(sqnr(blocks.stream(kept), blocks.stream(made))),
       rtn_sqnr_db=rtn,
       stream_sqnr_db=stream,
       channels={tap: (before[tap], after[tap]) for tap in before},
@@ -182,21 +196,78 @@ class Probe:
     return y, seen
 
 
-def stored(kernel: Any, split: Any, K: int) -> tuple[float, jax.Array]:
+def stored(kernel: Any, marks: Params, K: int) -> tuple[float, jax.Array]:
   """Bits per weight of a quantized kernel, and its values (K, N) float32.
+
+  Low-rank terms beside it count: all of them for the bits, and for the values
+  those that every token takes.
 
   Args:
     kernel: QArray or BinaryArray.
-    split: linear.SplitInput of its layer, or None.
+    marks: what the `quant` collection holds at its layer.
     K: channels of the layer's input.
   """
   if isinstance(kernel, binary.BinaryArray):
     return binary.bits_per_weight(kernel), binary.dequantize(kernel)
   bits, w = float(qarray.bits_per_weight(kernel)), qarray.dequantize(kernel)
-  if split is not None:  # Copies are one weight, in more bits.
-    bits *= w.shape[0] / K
+  bits *= w.shape[0] / K  # Copies of a row are one weight, in more bits.
+  if (term := marks.get('low_rank')) is not None:
+    bits += 8 * sum(a.nbytes for a in jax.tree.leaves(term)) / (K * w.shape[1])
+    w = w + term.product
+  if (split := marks.get('split')) is not None:
     w = split.gather(w, K)
   return bits, w
+
+
+def folded(
+  block: blocks.BlockSpec, path: str, before: Params, after: Params
+) -> jax.Array:
+  """A float kernel (K, N) with the scales folded into the quantized one.
+
+  A method that folds scales and rounds in one go leaves a kernel of other
+  numbers, and its layer multiplies them with other inputs: the two can only be
+  compared in one scale. What was folded is seen in the norm in front
+  (OutlierTune) or in the exponents that are stored with kernels (LLM-FP4).
+
+  Args:
+    block: its spec.
+    path: of the linear.
+    before, after: {'params', 'quant'} of the block, float and quantized.
+  """
+  kernel = blocks.kernel_of(before['params'], path)
+  shift = _shift(after['params'], path)
+  if shift is not None:
+    kernel = formats.scale_by_exp2(kernel, -shift[:, None])
+  for site in block.sites:
+    if path in site.consumers and shift is None:
+      s = _norm_ratio(before['params'], after['params'], site.producer)
+      if s is not None:
+        kernel = kernel * site.expand(s)[:, None]
+    if path == site.producer:
+      for consumer in site.consumers:
+        shift_behind = _shift(after['params'], consumer)
+        act = taps.get_path(after['quant'], f'{consumer}/input')
+        # A quantizer that shifts by itself leaves nothing to the producer.
+        if shift_behind is not None and getattr(act, 'shift', None) is None:
+          kernel = kernel * site.reduce(formats.exp2(shift_behind))[None]
+          break
+  return kernel
+
+
+def _shift(params: Params, path: str) -> jax.Array | None:
+  """k (K,) int32 of a kernel whose rows were divided by 2^k; None of others."""
+  kernel = blocks.kernel_of(params, path)
+  if not isinstance(kernel, fpx.FpxArray) or kernel.row_shift is None:
+    return None
+  return kernel.row_shift[:, 0].astype(jnp.int32)
+
+
+def _norm_ratio(before: Params, after: Params, path: str) -> jax.Array | None:
+  """What a norm's scale (C,) was divided by; None where it is no norm."""
+  old, new = (taps.get_path(tree, f'{path}/scale') for tree in (before, after))
+  if old is None or new is None:
+    return None
+  return jnp.where(new == 0, 1.0, old / jnp.where(new == 0, 1.0, new))
 
 
 @jax.jit

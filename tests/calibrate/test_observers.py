@@ -16,7 +16,7 @@ def batches(n=3):
 
 def run(request, xs, jit=False):
   step = jax.jit(lambda s, x: s.update(x)) if jit else lambda s, x: s.update(x)
-  state = request(SHAPE)
+  state = request(xs[0].shape)
   for x in xs:
     state = step(state, x)
   return state
@@ -38,6 +38,20 @@ class ObserversTest(parameterized.TestCase):
     state = run(observers.minmax(), xs, jit)
     np.testing.assert_array_equal(state.low, flat.min(axis=0))
     np.testing.assert_array_equal(state.high, flat.max(axis=0))
+
+  @parameterized.parameters((384, 2), (576, 3), (768, 4), (1000, 4), (577, 1))
+  def test_hessian_sums_the_blocks_on_and_above_the_diagonal(self, K, parts):
+    rng = np.random.default_rng(K)
+    xs = jnp.asarray(rng.normal(size=(2, 3, 8, K)), jnp.float32)
+    state = run(observers.hessian, xs)
+    flat = np.asarray(xs, np.float64).reshape(-1, K)
+    np.testing.assert_allclose(
+      state.mean, 2 * flat.T @ flat / len(flat), rtol=1e-4, atol=1e-5
+    )
+    np.testing.assert_array_equal(state.mean, state.mean.T)
+    work = jax.jit(state.update).lower(xs[0]).cost_analysis()['flops']
+    share = (parts + 1) / (2 * parts)
+    self.assertAlmostEqual(work / (2 * 24 * K * K), share, delta=0.1)
 
   def test_average_and_ema_of_batch_extremes(self):
     xs = batches()

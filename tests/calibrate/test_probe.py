@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -9,11 +10,14 @@ import numpy as np
 from absl.testing import absltest, parameterized
 
 from jaxq.calibrate import driver, probe
-from jaxq.nn import taps
+from jaxq.nn import blocks, taps
+from jaxq.numerics import qarray
 from jaxq.numerics import spec as spec_lib
 from jaxq.quant import (
   activations,
   gptq,
+  llm_fp4,
+  outliertune,
   rotate,
   round_to_nearest,
   smoothquant,
@@ -21,7 +25,9 @@ from jaxq.quant import (
 from jaxq.quant import transform as transform_lib
 from models import loading
 from tests.calibrate import testing
+from tests.quant import testing as quant_testing
 
+W8 = spec_lib.QuantSpec(dtype='int8', granularity='channel')
 W4 = spec_lib.QuantSpec(dtype='int4', granularity='group', group_size=16)
 A8 = spec_lib.QuantSpec(dtype='int8', granularity='token')
 # Two sequences, so that the first batch is what the probe follows.
@@ -107,6 +113,68 @@ def sqnr(signal, other):
   return 10 * np.log10(np.sum(np.asarray(signal) ** 2) / noise)
 
 
+def folding(name, **fields):
+  """A method that folds scales and sets input quantizers at once."""
+  if name == 'outliertune':
+    config = outliertune.OutlierTuneConfig(weights=W8, inputs=A8, **fields)
+    return outliertune.outliertune(config)
+  config = llm_fp4.LlmFp4Config(weights=W8, inputs=A8, rounds=0, **fields)
+  return llm_fp4.llm_fp4(config)
+
+
+class FoldedTest(parameterized.TestCase):
+  @parameterized.parameters('outliertune', 'llm_fp4')
+  def test_kernels_are_compared_in_one_scale(self, name):
+    """At 8 bits rounding leaves more than 25 dB, whatever was folded."""
+    # Without grouped heads, so that v takes the shifts of o as well.
+    with mock.patch.object(quant_testing, 'HKV', quant_testing.H):
+      block, params = quant_testing.small_block()
+    method = folding(name)
+    after, quant = quant_testing.run(
+      block, params, method, quant_testing.inputs()
+    )
+    before = {'params': params, 'quant': {}}
+    calibrator = driver.Calibrator(planted(), method, CONFIG)
+    reports = calibrator._linear_reports(
+      0, block, before, {'params': after, 'quant': quant}
+    )
+    self.assertLen(reports, 7)
+    for linear in reports:
+      self.assertGreater(linear.sqnr_db, 25, linear.name)
+    # Their plain difference says nothing.
+    path = 'attention/v_proj'
+    got = qarray.dequantize(blocks.kernel_of(after, path))
+    plain = probe.sqnr(blocks.kernel_of(params, path), got)
+    self.assertLess(float(plain), 10)
+
+  def test_without_rounding_nothing_else_differs(self):
+    block, params = quant_testing.small_block()
+    method = folding('outliertune', weight='none')
+    after, quant = quant_testing.run(
+      block, params, method, quant_testing.inputs()
+    )
+    before = {'params': params, 'quant': {}}
+    moved = False
+    for lin in block.linears:
+      got = probe.folded(
+        block, lin.path, before, {'params': after, 'quant': quant}
+      )
+      want = blocks.kernel_of(after, lin.path)
+      np.testing.assert_allclose(got, want, rtol=1e-5)  # Two divisions.
+      kernel = blocks.kernel_of(params, lin.path)
+      moved |= not np.allclose(kernel, want, rtol=0.1)
+    self.assertTrue(moved)
+
+  def test_a_norm_without_a_channel_leaves_its_row(self):
+    block, params = quant_testing.small_block()
+    scale = params['input_norm']['scale'].at[0].set(0.0)
+    params = taps.set_path(params, 'input_norm/scale', scale)
+    both = {'params': params, 'quant': {}}
+    path = 'attention/q_proj'
+    got = probe.folded(block, path, both, both)
+    np.testing.assert_array_equal(got, blocks.kernel_of(params, path))
+
+
 class ProbeTest(parameterized.TestCase):
   def test_by_hand(self):
     signal = jnp.array([3.0, 4.0])
@@ -167,6 +235,19 @@ class ProbeTest(parameterized.TestCase):
       level = sqnr(want[i + 1], got)
       self.assertAlmostEqual(report.stream_sqnr_db, level, delta=0.05)
 
+  def test_batches_of_one_are_compared_with_the_sample_they_hold(self):
+    model, store, reports = planted(), testing.MemoryStore(), []
+    config = driver.CalibrationConfig(batch_size=1)
+    driver.Calibrator(model, chained(), config).run(
+      testing.tokens(4), store, reports.append
+    )
+    want = [x[:1] for x in float_stream(model)]
+    got = want[0]
+    for i, report in enumerate(reports):
+      got = model.block_at(i).apply(store.blocks[i], got)
+      level = sqnr(want[i + 1], got)
+      self.assertAlmostEqual(report.stream_sqnr_db, level, delta=0.05)
+
   def test_another_basis_or_float_feeding_has_no_stream(self):
     self.assertTrue(all(r.stream_sqnr_db is None for r in run('rotate')[2]))
     for report in run('rtn', 'float')[2]:
@@ -187,9 +268,9 @@ class ProbeTest(parameterized.TestCase):
     transform = chained(smooth())
     calibrator = driver.Calibrator(planted(), transform, CONFIG)
     calibrator.run(testing.tokens(4), testing.MemoryStore())
-    # Of the float and of the quantized block; of the rounded one.
+    # Of the float and the quantized block; of the smoothed and the rounded.
     self.assertEqual(calibrator._probe._observe._cache_size(), 2)
-    self.assertEqual(calibrator._probe._apply._cache_size(), 1)
+    self.assertEqual(calibrator._probe._apply._cache_size(), 2)
 
 
 if __name__ == '__main__':

@@ -21,6 +21,7 @@ from jaxq.quant import (
   os_plus,
   outliertune,
   ptq161,
+  quant_experts,
   rotate,
   round_to_nearest,
   transform,
@@ -94,6 +95,24 @@ def ptq161_w1():
     batch_size=4,
   )
   return ptq161.ptq161(config)
+
+
+def quant_experts_w4a8():
+  # Terms in int8: arrays within arrays.
+  config = quant_experts.QuantExpertsConfig(
+    weights=spec_lib.QuantSpec(dtype='int4', symmetric=False),
+    inputs=spec_lib.QuantSpec(dtype='int8', granularity='token'),
+    base='rtn',
+    shared_rank=2,
+    expert_rank=1,
+    num_experts=2,
+    router='importance',
+    dtype='int8',
+    share=0.1,
+    skip_tokens=0,
+    sample_sequences=8,
+  )
+  return quant_experts.quant_experts(config)
 
 
 def model():
@@ -178,6 +197,7 @@ class RunTest(parameterized.TestCase):
     mergequant_w4a4,
     llm_fp4_w4a4,
     ptq161_w1,
+    quant_experts_w4a8,
   )
   def test_stopped_runs_end_with_the_same_bytes(self, make):
     whole = self.new_path()
