@@ -29,16 +29,21 @@ import models
 from experiments import (
   cli,
   families,
+  plan_job,
+  planning,
   recipe,
   reporting,
   results,
   run_folder,
 )
-from jaxq.calibrate import driver, run
+from jaxq.calibrate import driver, plan, run
 from jaxq.parallel import mesh as mesh_lib
 from jaxq.quant import mixed, schemes
 
 FLAGS = flags.FLAGS
+
+# Of a decoder, as experiments.families has them.
+_LENGTH, _WINDOW = 512, 2048
 
 flags.DEFINE_string(
   'model', None, 'Packaged name, .gguf file or Hugging Face directory.'
@@ -119,7 +124,10 @@ flags.DEFINE_enum(
   'Which tokens the statistics of an expert are taken of.',
 )
 flags.DEFINE_string(
-  'mesh', '', 'Device mesh, as in data:2,model:4. Default: one device.'
+  'mesh',
+  '',
+  'Device mesh, as in data:2,model:4. Default: one device; of several '
+  'processes all.',
 )
 flags.DEFINE_bool('evaluate', True, 'Measure the model before and after.')
 flags.DEFINE_string(
@@ -143,13 +151,12 @@ flags.DEFINE_string(
 flags.mark_flags_as_required(['model', 'output'])
 
 
-def main(argv: Sequence[str]) -> None:
-  """Calibrates, saves, evaluates and prints the table."""
+def main(argv: Sequence[str]) -> int | None:
+  """Calibrates, saves, evaluates and prints the table; or plans that."""
   del argv
   start = time.perf_counter()
   if FLAGS.tensorboard_dir is not None:
     reporting.check_tensorboard()
-  mesh = mesh_lib.make_mesh(FLAGS.mesh) if FLAGS.mesh else None
   scheme = schemes.parse(
     FLAGS.scheme,
     group_size=FLAGS.group_size,
@@ -160,11 +167,16 @@ def main(argv: Sequence[str]) -> None:
   )
   allocation = mixed.load(FLAGS.bits_from) if FLAGS.bits_from else None
   built = recipe.build(FLAGS.method, scheme, FLAGS.set, allocation)
-  model: Any = models.open_model(FLAGS.model)
+  if planning.asked():
+    job = _planned(built, allocation)
+    return planning.run(job, 'experiments.calibrate')
+  batch_size = min(FLAGS.batch_size, FLAGS.sequences)
+  mesh = mesh_lib.choose(FLAGS.mesh, batch_size)
+  model: Any = models.open_model(FLAGS.model, lazy=mesh is not None)
   if allocation is not None:
     model = mixed.LabelledModel(model, allocation)
   config = driver.CalibrationConfig(
-    batch_size=min(FLAGS.batch_size, FLAGS.sequences),
+    batch_size=batch_size,
     inputs=FLAGS.inputs,
     experts=FLAGS.experts,
     ignore=tuple(FLAGS.ignore),
@@ -211,6 +223,35 @@ def main(argv: Sequence[str]) -> None:
   if samples is not None:
     _evaluate(samples, log, cost if ran else (), mesh)
   _report(log)
+  return None
+
+
+def _planned(
+  built: recipe.Recipe, allocation: mixed.Allocation | None
+) -> plan_job.Job:
+  """What --plan plans: this run, evaluation included."""
+  window = FLAGS.eval_window or _WINDOW
+  return plan_job.Job(
+    model=FLAGS.model,
+    label=plan_job.label(built.description),
+    transform=built.transform,
+    settings=plan.Settings(
+      samples=FLAGS.sequences,
+      length=FLAGS.sequence_length or _LENGTH,
+      batch_size=min(FLAGS.batch_size, FLAGS.sequences),
+      inputs=FLAGS.inputs,
+      ignore=tuple(FLAGS.ignore),
+      experts=FLAGS.experts,
+    ),
+    evaluates='compared' if FLAGS.evaluate else '',
+    decodes=False,
+    window=window,
+    tokens=FLAGS.eval_tokens,
+    mesh=FLAGS.mesh,
+    wrap=lambda model: (
+      model if allocation is None else mixed.LabelledModel(model, allocation)
+    ),
+  )
 
 
 def _choice() -> families.Choice:
@@ -244,6 +285,8 @@ class _Progress:
 
   def start(self, done: int) -> None:
     """Called when the output directory is ours: the first thing we write."""
+    if jax.process_index() != 0:
+      return
     self._log.mkdir(parents=True, exist_ok=True)
     cli.write_flagfile(self._log / 'resolved.flags')
     run_folder.save_start(
@@ -260,12 +303,13 @@ class _Progress:
       initial=done,
       unit='block',
       desc='calibrate',
-      disable=jax.process_index() != 0,
       dynamic_ncols=True,
     )
 
   def block(self, report: driver.BlockReport) -> None:
     """Logs a finished block."""
+    if jax.process_index() != 0:
+      return
     run_folder.append_block(self._log, report)
     if self._bar is not None:
       self._bar.set_postfix_str(
@@ -293,6 +337,8 @@ def _evaluate(
   rows = list(compare(reference, quantized, samples, mesh=mesh))
   rows[-1] = dataclasses.replace(rows[-1], metrics=rows[-1].metrics + cost)
   results.print_table(rows)
+  if jax.process_index() != 0:
+    return
   info = results.run_info(cli.resolved_flags())
   results.save(log / 'results.json', results.Result(run=info, rows=tuple(rows)))
 

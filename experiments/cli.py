@@ -27,7 +27,8 @@ from typing import Any, NoReturn
 import jax
 from absl import app, flags, logging
 
-from experiments import results
+from experiments import interrupts, job, results
+from jaxq.parallel import preemption
 
 FLAGS = flags.FLAGS
 
@@ -35,8 +36,8 @@ flags.DEFINE_bool(
   'traceback', False, 'On an error, print the Python traceback as well.'
 )
 
-# Flags of this module are about how to run, not about what is computed.
-_OWN = 'experiments.cli'
+# Flags of these modules are about how to run, not about what is computed.
+_OWN = ('experiments.cli', 'experiments.job')
 _HELP = frozenset({'help', 'helpshort', '?', 'h'})
 _WIDTH = 80
 _QUOTE = "'"
@@ -69,17 +70,18 @@ def run(main: Callable[[Sequence[str]], int | None]) -> None:
 
   Raises:
     SystemExit: always. 0: done; 1: one line on stderr says what was wrong, or
-      that the run was interrupted.
+      that the run was interrupted; 143: that it was stopped by SIGTERM.
   """
   sys.unraisablehook = _unraisable
   try:
+    interrupts.end()
     app.run(functools.partial(_call, main), flags_parser=_parse)
-  except (_Interrupted, KeyboardInterrupt):
+  except (_Interrupted, KeyboardInterrupt) as e:
     # Everything is unwound. Interpreters that go down regularly while XLA is
     # compiling in a thread may crash, and then the exit code is another one.
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(1)
+    os._exit(int(e.code or 0) if isinstance(e, _Interrupted) else 1)
 
 
 def resolved_flags(modules: Sequence[str] | None = None) -> dict[str, Any]:
@@ -131,13 +133,13 @@ def help_text() -> str:
     'Every command:\n'
     + _entry('--flagfile=...', 'read flags from this file; later flags win')
     + '\n'
-    + '\n'.join(_flag_help(flag) for flag in _flags([_OWN]))
+    + '\n'.join(_flag_help(flag) for flag in _flags(_OWN))
   )
   return '\n\n'.join(part for part in parts if part) + '\n'
 
 
 class _Interrupted(SystemExit):
-  """Exit code 1 after Ctrl-C."""
+  """The exit code after Ctrl-C or SIGTERM."""
 
 
 def _unraisable(lost: Any) -> None:
@@ -184,12 +186,14 @@ def _call(
         f'unexpected argument {argv[1]!r}; options are given as --flag=value. '
         '--help lists them.'
       )
-    code = main(argv)
+    with job.running(resolved_flags):
+      code = main(argv)
     sys.stdout.flush()
     return code
   except BrokenPipeError:
     # The reader went away (`| head`): there is nobody to tell.
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    job.leave('error', 'nobody reads the output any more.')
     sys.exit(1)
   except KeyboardInterrupt:
     _fail(
@@ -197,38 +201,40 @@ def _call(
       'interrupted',
       _Interrupted,
     )
-  except (jax.errors.JAXTypeError, jax.errors.JAXIndexError):
+  except preemption.Preempted as e:
+    _fail(str(e), 'stopped', _Interrupted, preemption.EXIT_CODE)
+  except (jax.errors.JAXTypeError, jax.errors.JAXIndexError) as e:
+    job.leave_with_bug(e)
     raise  # Misuse of JAX is a bug of ours, although it is a TypeError.
   except MemoryError as e:
     _fail(_out_of_memory('host', str(e)))
   except jax.errors.JaxRuntimeError as e:
     if 'RESOURCE_EXHAUSTED' not in str(e):
+      job.leave_with_bug(e)
       raise
     _fail(_out_of_memory('device', str(e)))
   except OSError as e:
     _fail(_os_error(e))
   except (ValueError, TypeError, NotImplementedError) as e:
     _fail(str(e) or type(e).__name__)
+  except Exception as e:
+    job.leave_with_bug(e)
+    raise
 
 
 def _fail(
-  message: str, label: str = 'error', how: type[SystemExit] = SystemExit
+  message: str,
+  label: str = 'error',
+  how: type[SystemExit] = SystemExit,
+  code: int = 1,
 ) -> NoReturn:
-  """Prints one line (after the traceback, if asked for) and exits with 1."""
+  """Prints one line (after the traceback, if asked for) and exits."""
   if FLAGS.is_parsed() and FLAGS.traceback:
     traceback.print_exc()
-  process = _process_index()
-  where = f'process {process}: ' if process else ''
   sys.stdout.flush()
-  print(f'{label}: {where}{" ".join(message.split())}', file=sys.stderr)
-  raise how(1)
-
-
-def _process_index() -> int:
-  """This process's number, without starting a backend just to fail."""
-  if not jax.distributed.is_initialized():
-    return 0
-  return jax.process_index()
+  job.leave(label, message, code)  # Returns if this process is alone.
+  print(f'{label}: {" ".join(message.split())}', file=sys.stderr)
+  raise how(code)
 
 
 def _out_of_memory(where: str, detail: str) -> str:
@@ -283,7 +289,7 @@ def _modules() -> list[str]:
     name
     for name in sorted(FLAGS.flags_by_module_dict())
     if name.startswith('experiments.')
-    and name != _OWN
+    and name not in _OWN
     and not hasattr(sys.modules.get(name), 'main')
   ]
   return [sys.argv[0], *shared]  # absl's name of __main__ is sys.argv[0].

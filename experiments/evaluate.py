@@ -6,19 +6,36 @@ Prints token perplexity over non-overlapping windows, the word- and
 byte-normalised figures beside it and, given a reference, the paired ratio, the
 KL divergence and the top-1 agreement, each with a 95 % bootstrap interval. Of
 encoders it prints how far their embeddings moved and what they still find.
+
+With --kv_cache=oscar:bits=2 the model reads a window in chunks of --kv_chunk
+tokens: a token sees its own chunk as it is and earlier ones as the cache holds
+them, which for caches that compress blocks of so many tokens is what they do
+when a text is generated. The reference reads without a cache.
 """
 
 import dataclasses
 import sys
 import time
 from collections.abc import Sequence
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 from absl import flags
 
 import models
-from experiments import cli, families, passkey, results
+from experiments import (
+  cli,
+  evaluation,
+  families,
+  passkey,
+  plan_job,
+  planning,
+  results,
+)
+from jaxq.calibrate import plan
 from jaxq.eval import bootstrap
+from jaxq.kvcache import interface, registry
 from jaxq.parallel import mesh as mesh_lib
 
 _MODEL = flags.DEFINE_string(
@@ -65,19 +82,37 @@ _BLOCK = flags.DEFINE_integer(
 )
 _SEED = flags.DEFINE_integer('seed', 0, 'Of the bootstrap.')
 _MESH = flags.DEFINE_string(
-  'mesh', '', 'Device mesh, as in data:2,model:4. Default: one device.'
+  'mesh',
+  '',
+  'Device mesh, as in data:2,model:4. Default: one device; of several '
+  'processes all.',
 )
 _PASSKEY = flags.DEFINE_list(
   'passkey', [], 'Prompt lengths, in tokens, to hide a number in; as 512,1024.'
 )
+_KV_CACHE = flags.DEFINE_string(
+  'kv_cache',
+  None,
+  'What the model keeps keys and values in, as in oscar:bits=2; default: a '
+  'window is read in one pass.',
+)
+_KV_CHUNK = flags.DEFINE_integer(
+  'kv_chunk',
+  evaluation.KV_CHUNK,
+  'Tokens of a window that are read at a time with --kv_cache.',
+  lower_bound=1,
+)
 _OUTPUT = flags.DEFINE_string('output', None, 'JSON file for the results.')
 
 
-def main(argv: Sequence[str]) -> None:
-  """Loads, measures, prints and writes."""
+def main(argv: Sequence[str]) -> int | None:
+  """Loads, measures, prints and writes; or plans that."""
   del argv
+  if planning.asked():
+    return planning.run(_planned(), 'experiments.evaluate')
   config = bootstrap.BootstrapConfig(block=_BLOCK.value, seed=_SEED.value)
-  mesh = mesh_lib.make_mesh(_MESH.value) if _MESH.value else None
+  kv_cache = registry.parse(_KV_CACHE.value) if _KV_CACHE.value else None
+  mesh = mesh_lib.choose(_MESH.value)
   model = models.load(_MODEL.value, _DTYPE.value, mesh)
   reference = None
   if _REFERENCE.value is not None:
@@ -97,17 +132,75 @@ def main(argv: Sequence[str]) -> None:
     config=config,
     mesh=mesh,
     progress=Progress(),
+    **_cached(model, kv_cache),
   )
+  if kv_cache is not None:
+    rows = (*rows[:-1], _with_bits(rows[-1], model, kv_cache))
   if _PASSKEY.value:
-    rows = _with_passkeys(rows, [m for m in (reference, model) if m])
+    measured = [m for m in (reference, model) if m]
+    rows = _with_passkeys(rows, measured, kv_cache)
   results.print_table(rows)
   if _OUTPUT.value is not None and jax.process_index() == 0:
     run = results.run_info(cli.resolved_flags())
     results.save(_OUTPUT.value, results.Result(run=run, rows=rows))
     print(f'results: {_OUTPUT.value}')
+  return None
 
 
-def _with_passkeys(rows, measured) -> tuple[results.Row, ...]:
+def _planned() -> plan_job.Job:
+  """What --plan plans: windows scored without a cache."""
+  window = _WINDOW.value or 2048
+  return plan_job.Job(
+    model=_MODEL.value,
+    label='as it is stored',
+    transform=None,
+    settings=plan.Settings(samples=1, length=window),
+    calibrates=False,
+    evaluates='alone' if _REFERENCE.value is None else 'compared',
+    decodes=False,
+    window=window,
+    tokens=_TOKENS.value,
+    dtype=_DTYPE.value,
+    mesh=_MESH.value,
+  )
+
+
+def _cached(model, kv_cache) -> dict[str, Any]:
+  """What `compare` is told of the cache; nothing where there is none."""
+  if kv_cache is None:
+    return {}
+  if model.family != 'decoder':
+    raise NotImplementedError(
+      f'--kv_cache={_KV_CACHE.value} with {model.name}, a {model.family} '
+      'model; caches are of decoders. Leave the flag out.'
+    )
+  return {'kv_cache': kv_cache, 'kv_chunk': _KV_CHUNK.value}
+
+
+def _with_bits(row, model, kv_cache) -> results.Row:
+  """The row with the bits of a cache of one window, all of it counted."""
+  config, window = model.config, _WINDOW.value or 2048
+  cache = jax.eval_shape(
+    lambda: kv_cache.init(
+      interface.CacheShape(
+        batch=1,
+        capacity=window,
+        kv_heads=config.num_kv_heads,
+        head_dim=config.head_dim,
+        dtype=jnp.dtype(model.module.dtype),
+        window=config.window if all(config.sliding or [False]) else None,
+      )
+    )
+  )
+  metric = results.Metric(
+    name='bits per key or value',
+    value=interface.bits_per_element(cache),
+    conventions={'tokens': window, 'counted': 'scales, window, everything'},
+  )
+  return dataclasses.replace(row, metrics=(*row.metrics, metric))
+
+
+def _with_passkeys(rows, measured, kv_cache) -> tuple[results.Row, ...]:
   """The rows with the retrieval of their models behind."""
   try:
     lengths = [int(text) for text in _PASSKEY.value]
@@ -116,11 +209,12 @@ def _with_passkeys(rows, measured) -> tuple[results.Row, ...]:
       f'--passkey={",".join(_PASSKEY.value)}; whole numbers of tokens are '
       'needed, as in --passkey=512,1024.'
     ) from e
+  caches = [None] * (len(measured) - 1) + [kv_cache]
   return tuple(
     dataclasses.replace(
-      row, metrics=row.metrics + passkey.metrics(model, lengths)
+      row, metrics=row.metrics + passkey.metrics(model, lengths, cache)
     )
-    for row, model in zip(rows, measured, strict=True)
+    for row, model, cache in zip(rows, measured, caches, strict=True)
   )
 
 

@@ -15,11 +15,12 @@ import jax.numpy as jnp
 import numpy as np
 
 import models
-from experiments import adapters, results
+from experiments import adapters, generation, results
 from jaxq.data import pipeline
 from jaxq.eval import bootstrap as bootstrap_lib
 from jaxq.eval import divergence as divergence_lib
 from jaxq.eval import perplexity
+from jaxq.kvcache import interface, registry
 
 PERPLEXITY = 'token perplexity'
 WORD = 'word perplexity'
@@ -28,6 +29,7 @@ BITS = 'bits per byte'
 RATIO = 'perplexity ratio'
 KL = 'KL'
 AGREEMENT = 'top-1 agreement'
+KV_CHUNK = 128
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -156,6 +158,8 @@ def compare(
   chunk: int = perplexity.CHUNK,
   mesh: jax.sharding.Mesh | None = None,
   progress: Callable[[int, int], None] | None = None,
+  kv_cache: interface.CacheConfig | None = None,
+  kv_chunk: int = KV_CHUNK,
 ) -> Comparison:
   """Scores one or two models on the same windows.
 
@@ -167,6 +171,10 @@ def compare(
     chunk: tokens whose logits exist at a time.
     mesh: None, or windows are shared out over its axis 'data'.
     progress: called with (windows done, number of windows).
+    kv_cache: the cache that `model` reads a window through, chunk by chunk
+      (adapters.cached_scorer); None: all of a window in one pass. The
+      reference has none.
+    kv_chunk: tokens of a chunk.
 
   Returns:
     A Comparison; its `rows()` make the table.
@@ -181,24 +189,30 @@ def compare(
     _check_ids(m, tokens)
   config = bootstrap_lib.BootstrapConfig() if config is None else config
   how: dict[str, Any] = dict(chunk=chunk, mesh=mesh, progress=progress)
+  scorer, variables = adapters.scorer(model.module), model.variables
+  read: dict[str, Any] = {}
+  if kv_cache is not None:
+    scorer = adapters.cached_scorer(model.module, kv_cache, kv_chunk)
+    variables = generation.prepared(model, kv_cache)
+    read = {'kv cache': registry.text_of(kv_cache), 'kv chunk': kv_chunk}
   if reference is None:
-    nll = perplexity.token_nll(
-      adapters.scorer(model.module), model.variables, tokens, **how
-    )
+    nll = perplexity.token_nll(scorer, variables, tokens, **how)
     return Comparison(
-      model=_perplexity(nll, model, windows), name=model.name, bootstrap=config
+      model=_perplexity(nll, model, windows, read),
+      name=model.name,
+      bootstrap=config,
     )
   _check_vocabulary(reference, model)
   divergence = divergence_lib.per_token(
     adapters.scorer(reference.module),
     reference.variables,
-    adapters.scorer(model.module),
-    model.variables,
+    scorer,
+    variables,
     tokens,
     **how,
   )
   return Comparison(
-    model=_perplexity(divergence.nll, model, windows),
+    model=_perplexity(divergence.nll, model, windows, read),
     name=model.name,
     reference=_perplexity(divergence.reference_nll, reference, windows),
     reference_name=reference.name,
@@ -207,7 +221,7 @@ def compare(
   )
 
 
-def _perplexity(nll, model, windows) -> perplexity.Perplexity:
+def _perplexity(nll, model, windows, read=None) -> perplexity.Perplexity:
   return perplexity.Perplexity(
     nll=nll,
     words=int(windows.words.sum()),
@@ -216,6 +230,7 @@ def _perplexity(nll, model, windows) -> perplexity.Perplexity:
       'text': windows.description,
       'dtype': jnp.dtype(model.module.dtype).name,
       'scored tokens': int(nll.size),
+      **(read or {}),
     },
   )
 

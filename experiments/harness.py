@@ -11,6 +11,8 @@ max_length, max_gen_toks, add_bos_token, seed.
 import sys
 from collections.abc import Callable
 
+from experiments import interrupts
+
 
 def command_line() -> Callable[[], None]:
   """lm-eval's own, after registering jaxq with it.
@@ -35,7 +37,9 @@ def command_line() -> Callable[[], None]:
 def main() -> None:
   """Runs it; a user's mistake is one line."""
   try:
-    command_line()()
+    run = command_line()
+    interrupts.end()
+    run()
   except (ValueError, FileNotFoundError, NotImplementedError) as e:
     sys.exit(f'error: {e}')
 

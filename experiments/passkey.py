@@ -4,14 +4,17 @@ import math
 from collections.abc import Sequence
 
 import models
-from experiments import adapters, results
+from experiments import adapters, generation, results
 from jaxq.eval import passkey
+from jaxq.kvcache import interface
 
 _Z = 1.959964  # 95 %.
 
 
 def metrics(
-  model: models.Model, lengths: Sequence[int]
+  model: models.Model,
+  lengths: Sequence[int],
+  kv_cache: interface.CacheConfig | None = None,
 ) -> tuple[results.Metric, ...]:
   """One metric per prompt length: the share found, with a Wilson interval.
 
@@ -25,9 +28,12 @@ def metrics(
       'Leave the flag out.'
     )
   config = passkey.PasskeyConfig(lengths=tuple(lengths))
+  variables = model.variables
+  if kv_cache is not None:
+    variables = generation.prepared(model, kv_cache)
   out = passkey.retrieval(
-    adapters.language_model(model.module),
-    model.variables,
+    adapters.language_model(model.module, kv_cache),
+    variables,
     lambda text: model.tokenizer.encode(text).ids,
     model.tokenizer.decode,
     config,

@@ -13,7 +13,7 @@ float kernels, one has a window) form separate runs: 'blocks_0' holds the first
 run stacked, 'blocks_1' the next, in 'params', 'quant' and the tuple of caches.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -21,13 +21,13 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax.sharding import PartitionSpec
 
-from jaxq.kvcache import contiguous
+from jaxq.kvcache import contiguous, interface
 from jaxq.nn import attention, blocks, embed, linear, mlp, moe, norms
 from jaxq.parallel import mesh as mesh_lib
 from models import decoder_config
 
 Params = Mapping[str, Any]
-Caches = tuple[contiguous.ContiguousCache, ...]
+Caches = tuple[Any, ...]  # Of interface.Cache, stacked.
 DecoderConfig = decoder_config.DecoderConfig
 BlockKind = decoder_config.BlockKind
 
@@ -93,15 +93,15 @@ class Block(nn.Module):
     self,
     x: jax.Array,
     positions: jax.Array | None = None,
-    cache: contiguous.ContiguousCache | None = None,
-  ) -> tuple[jax.Array, contiguous.ContiguousCache | None]:
-    """(B, T, C) -> (B, T, C), cache. positions None: 0..T-1."""
+    cache: interface.Cache | None = None,
+  ) -> tuple[jax.Array, interface.Update | None]:
+    """(B, T, C) -> (B, T, C), the cache's update. positions None: 0..T-1."""
     positions = _positions(x) if positions is None else positions
-    out, cache = self.attention(self.input_norm(x), positions, cache)
+    out, update = self.attention(self.input_norm(x), positions, cache)
     x = x + (self.attention_out_norm(out) if self.config.out_norms else out)
     out = self.mlp(self.post_norm(x))
     x = x + (self.mlp_out_norm(out) if self.config.out_norms else out)
-    return x, cache
+    return x, update
 
   def attention_output(self, x: jax.Array) -> jax.Array:
     """The attention's output from its normalised input (B, T, C)."""
@@ -168,14 +168,24 @@ class Decoder(nn.Module):
     positions: jax.Array | None = None,
     caches: Caches | None = None,
   ) -> tuple[jax.Array, Caches | None]:
-    """tokens (B, T) -> last block's output (B, T, C), caches."""
+    """tokens (B, T) -> last block's output (B, T, C), caches.
+
+    With caches the positions of a row go on where its length ends; negative
+    ones are padding behind its tokens, which is not stored.
+    """
     x = self.embed_tokens(tokens, positions)
     positions = _positions(x) if positions is None else positions
+    if caches is None:
+      for run in self.blocks:
+        x, _ = run(x, positions, None)
+      return x, None
+    counts = jnp.sum(positions >= 0, axis=1, dtype=jnp.int32)
     out: list[Any] = []
-    for i, run in enumerate(self.blocks):
-      x, cache = run(x, positions, None if caches is None else caches[i])
-      out.append(cache)
-    return x, None if caches is None else tuple(out)
+    for run, cache in zip(self.blocks, caches, strict=True):
+      x, update = run(x, positions, cache)
+      assert update is not None
+      out.append(interface.append(cache, update, counts))
+    return x, tuple(out)
 
   def embed_tokens(
     self, tokens: jax.Array, positions: jax.Array | None = None
@@ -311,22 +321,33 @@ def init_caches(
   batch: int,
   capacity: int,
   dtype: Any = jnp.float32,
+  kv_cache: interface.CacheConfig | None = None,
 ) -> Caches:
-  """Empty caches, one stacked (layers first) per run."""
+  """Empty caches, one stacked (layers first) per run; None: contiguous."""
+  kv_cache = contiguous.ContiguousConfig() if kv_cache is None else kv_cache
 
-  def stacked(length):
-    cache = contiguous.init(
-      batch, capacity, config.num_kv_heads, config.head_dim, dtype
+  def stacked(length, kind):
+    shape = interface.CacheShape(
+      batch=batch,
+      capacity=capacity,
+      kv_heads=config.num_kv_heads,
+      head_dim=config.head_dim,
+      dtype=dtype,
+      window=config.window if kind.sliding else None,
     )
+    cache = kv_cache.init(shape)
     return jax.tree.map(lambda a: jnp.stack([a] * length), cache)
 
-  return tuple(stacked(length) for length in runs or config.kind_runs())
+  return tuple(
+    stacked(length, kind) for length, kind in _kinds_of(config, runs)
+  )
 
 
 def stack(
   outside: Params,
   block_variables: Sequence[Params],
   kinds: Sequence[Any] | None = None,
+  stack_leaves: Callable[[Sequence[Any]], Any] = jnp.stack,
 ) -> tuple[Params, tuple[int, ...]]:
   """One variables tree of a Decoder from its parts.
 
@@ -335,6 +356,7 @@ def stack(
     block_variables: {'params', 'quant'} of each block, in order.
     kinds: what must be equal of blocks in one run beside their structure, one
       per block (block_spec gives such a thing); None: all are alike.
+    stack_leaves: the same leaf of several blocks -> one, along a new axis 0.
 
   Returns:
     {'params', 'quant'} with equal neighbours stacked, and the runs' lengths.
@@ -356,7 +378,7 @@ def stack(
   params: dict[str, Any] = dict(outside)
   quant: dict[str, Any] = {}
   for i, run in enumerate(runs):
-    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *run)
+    stacked = jax.tree.map(lambda *leaves: stack_leaves(leaves), *run)
     params[f'blocks_{i}'] = stacked['params']
     quant[f'blocks_{i}'] = stacked['quant']
   return {'params': params, 'quant': quant}, tuple(len(run) for run in runs)

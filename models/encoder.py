@@ -28,7 +28,6 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from jaxq.nn import bidirectional, blocks, embed, norms, shortcut
-from jaxq.parallel import mesh as mesh_lib
 from models import family
 
 Batch = Mapping[str, jax.Array]
@@ -199,16 +198,10 @@ def _embed(config: EncoderConfig, outside: Params, batch: Batch) -> Any:
   return module.apply({'params': outside}, batch, method='embed_batch')
 
 
-def _rules(config: EncoderConfig, shards: int) -> mesh_lib.Rules:
-  return bidirectional.sharding_rules(
-    config.num_heads, config.intermediate_size, shards
-  )
-
-
 FAMILY = family.Family(
   config=EncoderConfig.from_hf,
   build=lambda config, runs, dtype: Encoder(config, runs, dtype),
   block_spec=lambda config, i: block_spec(config),
   embed=_embed,
-  rules=_rules,
+  rules=family.encoder_rules,
 )

@@ -72,3 +72,14 @@ def check_config(config: Any) -> None:
       f'{name}: activation={config.activation!r}; allowed '
       f'{sorted(bidirectional.ACTIVATIONS)}. Use a model with one of these.'
     )
+
+
+def encoder_rules(config: Any, shards: int) -> mesh_lib.Rules:
+  """How blocks of nn.bidirectional lie on `shards` devices of the `model` axis.
+
+  Raises:
+    ValueError: intermediate_size does not divide.
+  """
+  return bidirectional.sharding_rules(
+    config.num_heads, config.intermediate_size, shards
+  )

@@ -4,6 +4,9 @@
 what the calibration needs. `load` reads them all and stacks them: what
 evaluation and generation need. Both take a packaged name, a GGUF file, a
 Hugging Face directory or a jaxq directory.
+
+On a mesh leaves are lazy where the source can (safetensors, jaxq directories):
+each process reads the shards of its own devices, and no host holds a block.
 """
 
 import dataclasses
@@ -16,6 +19,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxq.io import checkpoint, sources
+from jaxq.io import lazy as lazy_lib
 from jaxq.nn import blocks, taps
 from jaxq.parallel import mesh as mesh_lib
 from models import decoder, encoder, vit, whisper
@@ -85,6 +89,7 @@ class OpenModel:
     source: where its weights are (io.sources.WeightSource or a Checkpoint).
     name: the source as it was given.
     quantization, family: as in Model.
+    lazy: leaves are read where they are indexed, if the source can do that.
   """
 
   config: Any
@@ -92,6 +97,7 @@ class OpenModel:
   name: str
   quantization: dict[str, Any] | None = None
   family: str = 'decoder'
+  lazy: bool = False
 
   @property
   def num_blocks(self) -> int:
@@ -115,6 +121,8 @@ class OpenModel:
 
   def outside(self) -> Params:
     """Parameters outside the blocks, on the host."""
+    if self.lazy and hasattr(self.source, 'lazy_outside'):
+      return self.source.lazy_outside()
     return self.source.outside()
 
   def block_params(self, i: int) -> Params:
@@ -129,8 +137,14 @@ class OpenModel:
         f'{self.name} is quantized already ({scheme}); calibration starts '
         'from a float model. Give the original source.'
       )
-    block = self.source.block(i)
+    block = self._block(i)
     return block.get('params', block)  # A float jaxq directory has both.
+
+  def block_variables(self, i: int) -> Params:
+    """{'params', 'quant'} of block i, on the host, quantized or not."""
+    if self.quantization is None:
+      return {'params': self.block_params(i), 'quant': {}}
+    return self._block(i)
 
   def embed(self, outside: Params, batch: Any) -> blocks.Carry:
     """A batch, tokens (B, T) of a decoder -> the first block's input."""
@@ -157,9 +171,18 @@ class OpenModel:
     """The checkpoint's tokenizer; None where the family has none."""
     return self.source.tokenizer()
 
+  def _block(self, i: int) -> Params:
+    if self.lazy and hasattr(self.source, 'lazy_block'):
+      return self.source.lazy_block(i)
+    return self.source.block(i)
 
-def open_model(source: str) -> OpenModel:
+
+def open_model(source: str, lazy: bool = False) -> OpenModel:
   """Opens a checkpoint without reading its weights.
+
+  Args:
+    source: a packaged name, .gguf file, Hugging Face or jaxq directory.
+    lazy: leaves are read where they are indexed, if the source can do that.
 
   Raises:
     FileNotFoundError, ValueError, NotImplementedError: nothing there, damaged,
@@ -179,7 +202,7 @@ def open_model(source: str) -> OpenModel:
       f'{sorted(FAMILIES)}. Upgrade jaxq to read it.'
     )
   config = FAMILIES[family].config(opened.config)
-  return OpenModel(config, opened, source, quantization, family)
+  return OpenModel(config, opened, source, quantization, family, lazy)
 
 
 def load(
@@ -200,16 +223,14 @@ def load(
       f'models.load: dtype={dtype!r}; allowed are {sorted(DTYPES)}. Quantized '
       'kernels keep their own.'
     )
-  opened = open_model(source)
+  opened = open_model(source, lazy=mesh is not None)
   outside = opened.outside()
-  parts = []
-  for i in range(opened.num_blocks):
-    if opened.quantization is None:
-      parts.append({'params': opened.block_params(i), 'quant': {}})
-    else:
-      parts.append(opened.source.block(i))
+  parts = [opened.block_variables(i) for i in range(opened.num_blocks)]
   kinds = [opened.block_at(i) for i in range(opened.num_blocks)]
-  variables, runs = decoder.stack(outside, parts, kinds)
+  stack: Any = jnp.stack
+  if mesh is not None:  # Nothing is stacked but the shards of each device.
+    outside, stack = jax.tree.map(lazy_lib.of, outside), lazy_lib.stack
+  variables, runs = decoder.stack(outside, parts, kinds, stack)
   variables = {
     'params': cast(variables['params'], dtype),
     'quant': variables['quant'],
@@ -235,5 +256,9 @@ def cast(params: Params, dtype: str) -> Params:
     if isinstance(leaf, jax.Array | np.ndarray):
       floating = jnp.issubdtype(leaf.dtype, jnp.floating)
       leaf = jnp.asarray(leaf, dtype if floating else leaf.dtype)
+    elif isinstance(leaf, lazy_lib.LazyArray) and jnp.issubdtype(
+      leaf.dtype, jnp.floating
+    ):
+      leaf = lazy_lib.astype(leaf, jnp.dtype(dtype))
     out = taps.set_path(out, path, leaf)
   return out

@@ -25,7 +25,6 @@ import numpy as np
 from flax import linen as nn
 
 from jaxq.nn import bidirectional, blocks, embed, linear, norms
-from jaxq.parallel import mesh as mesh_lib
 from models import family
 
 Params = Mapping[str, Any]
@@ -245,16 +244,10 @@ def _embed(config: VitConfig, outside: Params, images: jax.Array) -> Any:
   return module.apply({'params': outside}, images, method='embed_images')
 
 
-def _rules(config: VitConfig, shards: int) -> mesh_lib.Rules:
-  return bidirectional.sharding_rules(
-    config.num_heads, config.intermediate_size, shards
-  )
-
-
 FAMILY = family.Family(
   config=VitConfig.from_hf,
   build=lambda config, runs, dtype: Vit(config, runs, dtype),
   block_spec=lambda config, i: block_spec(config),
   embed=_embed,
-  rules=_rules,
+  rules=family.encoder_rules,
 )

@@ -92,6 +92,7 @@ class ImportsTest(absltest.TestCase):
       }
 
     library = names(project['dependencies']) | names(extras['eval'])
+    library |= names(extras['launch']) | names(extras['notebooks'])
     tests = library | names(extras['test'])
     self.assert_none(
       [

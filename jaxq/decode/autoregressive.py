@@ -5,10 +5,10 @@
 
 Between steps the caches hold every token of a row but the last one, the
 anchor, which is the next step's input. Prompts of different lengths are padded
-on the right to a power of two, so that few prefills are ever compiled: the
-padding's keys lie in slots past the row's length, which no token attends to
-and the next tokens overwrite. A row that met a stop token is frozen: its
-length stays and it emits PAD, while the others go on.
+on the right to a power of two, so that few prefills are ever compiled; padding
+has negative positions, and caches do not store it. A row that met a stop token
+is frozen: what it is fed is padding, its length stays and it emits PAD, while
+the others go on.
 
 `stream` yields tokens as they come, `generate` runs the same step inside one
 `lax.while_loop`; both give the same tokens, and a row gives the same alone
@@ -26,6 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxq.decode import sampling as sampling_lib
+from jaxq.parallel import arrays
 
 PAD = -1
 """What a finished row emits; no token has this id."""
@@ -39,8 +40,9 @@ class LanguageModel:
   """A decoder as pure functions; static, hashable.
 
   forward: (variables, tokens (B, T), positions (B, T), caches) -> (hidden
-    (B, T, C), caches). Caches are a pytree in which every cache has a field
-    `length`, whose last axis is B.
+    (B, T, C), caches). Negative positions are padding behind a row's tokens.
+    Caches are a pytree in which every cache has a field `length`, whose last
+    axis is B.
   head: (variables, hidden (..., C)) -> logits (..., V).
   init_caches: (batch, capacity) -> empty caches.
   max_position: the longest sequence the model can take.
@@ -92,6 +94,7 @@ def generate(
   sampling: sampling_lib.Sampling = sampling_lib.GREEDY,
   key: jax.Array | None = None,
   capacity: int | None = None,
+  prefill_chunk: int | None = None,
 ) -> Generated:
   """Continues prompts in one compiled loop.
 
@@ -105,6 +108,9 @@ def generate(
       key 0.
     capacity: tokens a row of the caches can hold, static. None: what is
       needed, rounded up to a multiple of 128.
+    prefill_chunk: prompt tokens that go through the model at a time, static;
+      memory is that of one chunk, and a cache that compresses shows a chunk
+      what it stored of those before. None: all at once.
 
   Returns:
     A Generated.
@@ -114,12 +120,20 @@ def generate(
       the model's longest sequence.
   """
   state, keys = _start(
-    model, variables, prompts, max_new_tokens, sampling, key, capacity
+    model,
+    variables,
+    prompts,
+    max_new_tokens,
+    sampling,
+    key,
+    capacity,
+    prefill_chunk,
   )
   tokens, lengths = _loop(
     model, sampling, max_new_tokens, variables, keys, state
   )
-  return Generated(tokens=np.asarray(tokens), lengths=np.asarray(lengths))
+  tokens, lengths = arrays.fetch((tokens, lengths))
+  return Generated(tokens=tokens, lengths=lengths)
 
 
 def stream(
@@ -131,6 +145,7 @@ def stream(
   sampling: sampling_lib.Sampling = sampling_lib.GREEDY,
   key: jax.Array | None = None,
   capacity: int | None = None,
+  prefill_chunk: int | None = None,
 ) -> Iterator[np.ndarray]:
   """Like `generate`, token by token; the arguments are checked at the call.
 
@@ -139,7 +154,14 @@ def stream(
     of each row, its stop token included, then PAD. It ends when all rows have.
   """
   state, keys = _start(
-    model, variables, prompts, max_new_tokens, sampling, key, capacity
+    model,
+    variables,
+    prompts,
+    max_new_tokens,
+    sampling,
+    key,
+    capacity,
+    prefill_chunk,
   )
 
   def tokens(state):
@@ -148,7 +170,7 @@ def stream(
       if i:
         state = _jitted_step(model, sampling, variables, keys, state)
       # One transfer; on the host before the next step takes its buffers.
-      anchor, now_done = jax.device_get((state.anchor, state.done))
+      anchor, now_done = arrays.fetch((state.anchor, state.done))
       yield np.where(done, PAD, anchor).astype(np.int32)
       done = now_done
       if done.all():
@@ -157,18 +179,49 @@ def stream(
   return tokens(state)
 
 
+def lower_step(
+  model: LanguageModel,
+  variables: Any,
+  keys: Any,
+  state: State,
+  sampling: sampling_lib.Sampling = sampling_lib.GREEDY,
+) -> jax.stages.Lowered:
+  """Lowers the step that `stream` runs for each token; runs nothing.
+
+  Args:
+    model, sampling: as for `generate`.
+    variables, keys, state: arrays, or shapes with shardings; keys (B,).
+  """
+  return _jitted_step.lower(model, sampling, variables, keys, state)
+
+
 def bucket(length: int) -> int:
   """The padded length of a prompt: a power of two, at least 16."""
   return max(_MIN_BUCKET, 1 << (length - 1).bit_length())
 
 
 def _start(
-  model, variables, prompts, max_new_tokens, sampling, key, capacity
+  model,
+  variables,
+  prompts,
+  max_new_tokens,
+  sampling,
+  key,
+  capacity,
+  prefill_chunk,
 ) -> tuple[State, jax.Array]:
   """Checks everything on the host, then prefills; returns the rows' keys."""
   capacity = _check(model, prompts, max_new_tokens, capacity)
+  if prefill_chunk is not None and prefill_chunk < 1:
+    raise ValueError(
+      f'generate: prefill_chunk={prefill_chunk}; it must be at least 1. Leave '
+      'it out for the whole prompt at once.'
+    )
   lengths = np.array([len(prompt) for prompt in prompts], np.int32)
-  padded = np.zeros((len(prompts), bucket(int(lengths.max()))), np.int32)
+  width = bucket(int(lengths.max()))
+  chunk = min(prefill_chunk or width, width)
+  width = -(-width // chunk) * chunk
+  padded = np.zeros((len(prompts), width), np.int32)
   for row, prompt in zip(padded, prompts, strict=True):
     row[: len(prompt)] = prompt
   keys = jax.random.key(0) if key is None else key
@@ -182,7 +235,7 @@ def _start(
   state = _prefill(
     model,
     sampling,
-    capacity,
+    (capacity, chunk),
     variables,
     keys,
     jnp.asarray(padded),
@@ -220,13 +273,19 @@ def _check(model, prompts, max_new_tokens: int, capacity: int | None) -> int:
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _prefill(model, sampling, capacity, variables, keys, tokens, lengths):
-  B, P = tokens.shape
-  # Padding repeats a row's last position: rope.Scaling may follow the largest.
-  positions = jnp.minimum(jnp.arange(P)[None], lengths[:, None] - 1)
+def _prefill(model, sampling, sizes, variables, keys, tokens, lengths):
+  (B, P), (capacity, chunk) = tokens.shape, sizes
+  positions = jnp.arange(P, dtype=jnp.int32)[None]
+  positions = jnp.where(positions < lengths[:, None], positions, -1)
   caches = model.init_caches(B, capacity)
-  x, caches = model.forward(variables, tokens, positions, caches)
-  last = jnp.take_along_axis(x, lengths[:, None, None] - 1, axis=1)[:, 0]
+  if chunk == P:
+    with jax.named_scope('prefill'):
+      x, caches = model.forward(variables, tokens, positions, caches)
+    last = jnp.take_along_axis(x, lengths[:, None, None] - 1, axis=1)[:, 0]
+  else:
+    last, caches = _prefill_chunks(
+      model, chunk, variables, tokens, positions, lengths, caches
+    )
   head = model.first_head or model.head
   token = sampling_lib.sample(head(variables, last), keys, lengths, sampling)
   return State(
@@ -237,11 +296,41 @@ def _prefill(model, sampling, capacity, variables, keys, tokens, lengths):
   )
 
 
+def _prefill_chunks(
+  model, chunk, variables, tokens, positions, lengths, caches
+) -> tuple[jax.Array, Any]:
+  """The hidden state (B, C) of each row's last token, and the caches."""
+  B, P = tokens.shape
+
+  def split(a):
+    return a.reshape(B, P // chunk, chunk).swapaxes(0, 1)
+
+  def body(carry, part):
+    last, caches = carry
+    tokens, positions = part
+    x, caches = model.forward(variables, tokens, positions, caches)
+    at = positions == lengths[:, None] - 1  # (B, chunk)
+    index = jnp.argmax(at, axis=1)[:, None, None]
+    mine = jnp.take_along_axis(x, index, axis=1)[:, 0]
+    last = jnp.where(jnp.any(at, axis=1)[:, None], mine, last)
+    return (last, caches), None
+
+  parts = split(tokens), split(positions)
+  x, _ = jax.eval_shape(
+    model.forward, variables, parts[0][0], parts[1][0], caches
+  )
+  last = jnp.zeros((B, x.shape[-1]), x.dtype)
+  (last, caches), _ = jax.lax.scan(body, (last, caches), parts)
+  return last, caches
+
+
 def _step(model, sampling, variables, keys, state: State) -> State:
   """Feeds the anchors and draws the next token of every unfinished row."""
-  x, caches = model.forward(
-    variables, state.anchor[:, None], state.length[:, None], state.caches
-  )
+  positions = jnp.where(state.done, -1, state.length)[:, None]
+  with jax.named_scope('decode_step'):
+    x, caches = model.forward(
+      variables, state.anchor[:, None], positions, state.caches
+    )
   length = jnp.where(state.done, state.length, state.length + 1)
   token = sampling_lib.sample(
     model.head(variables, x[:, 0]), keys, length, sampling

@@ -10,7 +10,8 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
+
+from jaxq.parallel import arrays
 
 _AXIS = 'data'
 
@@ -61,8 +62,8 @@ def replicate(variables: Any, mesh: jax.sharding.Mesh | None) -> Any:
   def place(leaf):
     sharding = getattr(leaf, 'sharding', None)
     if isinstance(sharding, jax.sharding.NamedSharding):
-      return leaf if sharding.mesh == mesh else jax.device_put(leaf, everywhere)
-    return jax.device_put(leaf, everywhere)
+      return leaf if sharding.mesh == mesh else arrays.put(leaf, everywhere)
+    return arrays.put(leaf, everywhere)
 
   return jax.tree.map(place, variables)
 
@@ -72,16 +73,12 @@ def place(batch: np.ndarray, mesh: jax.sharding.Mesh | None) -> jax.Array:
   if mesh is None:
     return jax.numpy.asarray(batch)
   sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(_AXIS))
-  return jax.make_array_from_callback(
-    batch.shape, sharding, lambda index: batch[index]
-  )
+  return arrays.put(batch, sharding)
 
 
 def fetch(array: jax.Array) -> np.ndarray:
   """The whole array on the host, on every process."""
-  if not array.is_fully_addressable:
-    return multihost_utils.process_allgather(array, tiled=True)
-  return np.asarray(array)
+  return arrays.fetch(array)
 
 
 def _check(tokens: np.ndarray, mesh: jax.sharding.Mesh | None) -> None:

@@ -75,14 +75,38 @@ def per_token(
   return batches.run(function, tokens, mesh=mesh, progress=progress)
 
 
+def lower(
+  reference: perplexity.Scorer,
+  reference_variables: Any,
+  model: perplexity.Scorer,
+  variables: Any,
+  tokens: Any,
+  *,
+  chunk: int = perplexity.CHUNK,
+) -> jax.stages.Lowered:
+  """Lowers the function that per_token runs on each batch; runs nothing.
+
+  Args:
+    reference, model, chunk: as for per_token.
+    reference_variables, variables, tokens: arrays, or shapes with shardings;
+      tokens (B, T) int32.
+  """
+  return _compare.lower(
+    reference, model, chunk, reference_variables, variables, tokens
+  )
+
+
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _compare(reference, model, chunk, reference_variables, variables, tokens):
-  x = reference.score_fn(reference_variables, tokens)[:, :-1]  # (B, T-1, C)
-  y = model.score_fn(variables, tokens)[:, :-1]
+  with jax.named_scope('reference_body'):
+    x = reference.score_fn(reference_variables, tokens)[:, :-1]  # (B, T-1, C)
+  with jax.named_scope('body'):
+    y = model.score_fn(variables, tokens)[:, :-1]
 
   def compare(x, y, targets):
-    p = perplexity.log_probs(reference.head_fn(reference_variables, x))
-    q = perplexity.log_probs(model.head_fn(variables, y))
+    with jax.named_scope('heads'):
+      p = perplexity.log_probs(reference.head_fn(reference_variables, x))
+      q = perplexity.log_probs(model.head_fn(variables, y))
     if p.shape != q.shape:
       raise ValueError(
         f'divergence: the models have {p.shape[-1]} and {q.shape[-1]} tokens; '

@@ -133,6 +133,18 @@ def token_nll(
   return batches.run(function, tokens, mesh=mesh, progress=progress)
 
 
+def lower(
+  scorer: Scorer, variables: Any, tokens: Any, *, chunk: int = CHUNK
+) -> jax.stages.Lowered:
+  """Lowers the function that token_nll runs on each batch; runs nothing.
+
+  Args:
+    scorer, chunk: as for token_nll.
+    variables, tokens: arrays, or shapes with shardings; tokens (B, T) int32.
+  """
+  return _nll.lower(scorer, chunk, variables, tokens)
+
+
 def in_chunks(
   function: Callable[..., Any], chunk: int, *arrays: jax.Array
 ) -> Any:
@@ -182,9 +194,11 @@ def nll_of(log_p: jax.Array, targets: jax.Array) -> jax.Array:
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _nll(scorer, chunk, variables, tokens):
-  x = scorer.score_fn(variables, tokens)[:, :-1]  # (B, T-1, C)
+  with jax.named_scope('body'):
+    x = scorer.score_fn(variables, tokens)[:, :-1]  # (B, T-1, C)
 
   def score(x, targets):
-    return nll_of(log_probs(scorer.head_fn(variables, x)), targets)
+    with jax.named_scope('head'):
+      return nll_of(log_probs(scorer.head_fn(variables, x)), targets)
 
   return in_chunks(score, chunk, x, tokens[:, 1:])

@@ -179,15 +179,20 @@ def check_shape(shape: Iterable[int], tensor: Tensor, where: str) -> None:
     )
 
 
-def place(params: dict, entry: Entry, leaf: np.ndarray, where: str) -> None:
-  """Writes a leaf as its file has it into the tree, float32, kernels (K, N)."""
-  leaf = np.asarray(leaf, np.float32)
+def check_finite(leaf: np.ndarray, where: str) -> None:
+  """Raises ValueError if weights, or a part of them, are NaN or infinite."""
   bad = leaf.size - np.count_nonzero(np.isfinite(leaf))
   if bad:
     raise ValueError(
       f'{where}: {bad} of {leaf.size} values are NaN or infinite; weights '
       'must be finite. Fetch or export the file again.'
     )
+
+
+def place(params: dict, entry: Entry, leaf: np.ndarray, where: str) -> None:
+  """Writes a leaf as its file has it into the tree, float32, kernels (K, N)."""
+  leaf = np.asarray(leaf, np.float32)
+  check_finite(leaf, where)
   if entry.path[-1] == 'kernel':
     leaf = np.ascontiguousarray(leaf.T)  # (out, in) -> (K, N)
   *folders, name = entry.path

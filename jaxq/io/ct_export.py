@@ -311,6 +311,13 @@ def _act(module: str, entry: architectures.Entry, marks: dict) -> Any:
       'passes an online Hadamard transform. Calibrate with '
       '--set=rotate.online=false.'
     )
+  if f'{path}/low_rank' in marks:
+    raise ValueError(
+      f'{module} cannot be written in compressed-tensors format: a low-rank '
+      'term of its float input stands beside the kernel, and the format has '
+      'the kernel and an input quantizer only. Keep the jaxq directory, or '
+      'calibrate without quant_experts and mergequant.compensate=keep.'
+    )
   return marks.pop(f'{path}/input', None)
 
 

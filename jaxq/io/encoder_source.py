@@ -8,16 +8,13 @@ that is computed, or is harmless: none is ignored in silence.
 """
 
 import dataclasses
-import json
 import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-import ml_dtypes  # noqa: F401  NumPy learns bfloat16 from it.
 import numpy as np
-import safetensors
 
-from jaxq.io import files, hf_config
+from jaxq.io import files, hf, hf_config
 
 WEIGHTS = 'model.safetensors'
 _DTYPES = ('BF16', 'F16', 'F32', 'F64')
@@ -72,7 +69,7 @@ class EncoderSource:
         f'{weights}: no such file; weights must be in one safetensors file. '
         'Save the model with save_pretrained.'
       )
-    with _open(weights) as file:
+    with hf.open_file(weights) as file:
       self._prefix = self._check_names(set(file.keys()))
       for name, shape in self.shapes().items():
         self._check(file.get_slice(self._prefix + name), name, shape)
@@ -114,7 +111,7 @@ class EncoderSource:
 
   def _read(self, table: Table) -> dict:
     params: dict = {}
-    with _open(self.path / WEIGHTS) as file:
+    with hf.open_file(self.path / WEIGHTS) as file:
       for path, name in table.items():
         array = file.get_tensor(self._prefix + name).astype(np.float32)
         put(params, path, array)
@@ -159,33 +156,15 @@ class EncoderSource:
 
   def _read_config(self) -> dict:
     path, keys = self.path / 'config.json', self.keys
-    if not path.is_file():
-      raise FileNotFoundError(
-        f'{path}: no such file; a Hugging Face directory needs it. Give the '
-        'directory that holds it.'
-      )
-    try:
-      raw = json.loads(path.read_text('utf-8'))
-    except ValueError as e:
-      raise ValueError(f'{path}: is not JSON ({e}). Fetch it again.') from e
-    for key, allowed in keys.fixed.items():
-      if raw.get(key) not in (None, *allowed):
-        raise NotImplementedError(
-          f'{path}: {key}={raw[key]!r} changes the maths; allowed are '
-          f'{list(allowed)}. Use a model without it.'
-        )
-    known = {*keys.sizes, *keys.others, *keys.fixed, 'model_type'}
-    unknown = sorted(
-      key
-      for key, value in raw.items()
-      if value is not None and key not in known | hf_config.HARMLESS | _HARMLESS
+    raw = hf.read_json(path)
+    hf_config.refuse_keys(
+      raw,
+      {*keys.sizes, *keys.others, 'model_type'},
+      keys.fixed,
+      hf_config.HARMLESS | _HARMLESS,
+      self.model_type,
+      str(path),
     )
-    if unknown:
-      raise ValueError(
-        f'{path}: keys {unknown} are not known for model_type '
-        f'{self.model_type!r} and may change the maths; allowed are '
-        f'{sorted(known)}. Remove them if they do not matter.'
-      )
     for key in keys.sizes:
       value = raw.get(key)
       if not isinstance(value, int) or isinstance(value, bool) or value < 1:
@@ -230,13 +209,3 @@ def norm(path: str, name: str) -> Table:
 def dense(path: str, name: str) -> Table:
   """The two leaves of a linear."""
   return {f'{path}/kernel': f'{name}.weight', f'{path}/bias': f'{name}.bias'}
-
-
-def _open(path: pathlib.Path):
-  try:
-    return safetensors.safe_open(str(path), framework='numpy')
-  except (safetensors.SafetensorError, OSError) as e:
-    raise ValueError(
-      f'{path}: is truncated or damaged ({path.stat().st_size} bytes; the '
-      f'reader says: {e}); a whole safetensors file is needed. Fetch it again.'
-    ) from e

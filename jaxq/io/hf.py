@@ -2,8 +2,9 @@
 
 config.json, one `model.safetensors` or shards with an index, tokenizer.json.
 Each read opens the file, takes its tensors and closes it, so that memory is
-O(one block). What the configuration means is jaxq.io.hf_config's matter, where
-the tensors stand jaxq.io.architectures'.
+O(one block); `lazy_block` reads nothing until a leaf is indexed, and then the
+bytes of that part alone. What the configuration means is jaxq.io.hf_config's
+matter, where the tensors stand jaxq.io.architectures'.
 """
 
 import json
@@ -15,7 +16,13 @@ import numpy as np
 import safetensors
 import tokenizers
 
-from jaxq.io import architectures, files, hf_config
+from jaxq.io import (
+  architectures,
+  files,
+  hf_config,
+  lazy,
+  safetensors_slices,
+)
 from jaxq.io import tokenizer as tokenizer_lib
 
 _SINGLE = 'model.safetensors'
@@ -50,6 +57,15 @@ class HfSource:
     """Parameters of block i, float32; read on each call."""
     architectures.check_block(i, self.config, str(self.path))
     return self._read(architectures.block(self.config, i))
+
+  def lazy_outside(self) -> dict:
+    """`outside` with leaves that are read where they are indexed."""
+    return self._read_lazily(architectures.outside(self.config))
+
+  def lazy_block(self, i: int) -> dict:
+    """`block` with leaves that are read where they are indexed."""
+    architectures.check_block(i, self.config, str(self.path))
+    return self._read_lazily(architectures.block(self.config, i))
 
   def tokenizer(self) -> tokenizers.Tokenizer:
     """The tokenizer of tokenizer.json, without truncation and padding."""
@@ -107,6 +123,48 @@ class HfSource:
           leaf = entry.hf.leaf(arrays[name], entry.shape)
           architectures.place(params, entry, leaf, where)
     return params
+
+  def _read_lazily(self, entries: Iterable[architectures.Entry]) -> dict:
+    opened: dict[str, dict[str, lazy.LazyArray]] = {}
+    params: dict = {}
+    for entry in entries:
+      name = entry.hf.name
+      shard = self._shard_of[name]
+      where = f'{self.path / shard}: tensor {name}'
+      if shard not in opened:
+        opened[shard] = safetensors_slices.tensors(self.path / shard)
+      if name not in opened[shard]:  # `floating` says what is allowed.
+        with open_file(self.path / shard) as file:
+          floating(file.get_tensor(name), where)
+      leaf = _lazy_leaf(opened[shard][name], entry, where)
+      *folders, last = entry.path
+      node = params
+      for folder in folders:
+        node = node.setdefault(folder, {})
+      node[last] = leaf
+    return params
+
+
+def _lazy_leaf(
+  tensor: lazy.LazyArray, entry: architectures.Entry, where: str
+) -> lazy.LazyArray:
+  """What `architectures.place` makes of a tensor, part by part."""
+  transposed = entry.path[-1] == 'kernel'
+  source = entry.hf
+
+  def read(index: lazy.Index) -> np.ndarray:
+    rows, *rest = index[::-1] if transposed else index
+    rows = slice(rows.start + source.start, rows.stop + source.start)
+    part = tensor[(rows, *rest)].astype(np.float32)
+    part = part + np.float32(source.plus) if source.plus else part
+    architectures.check_finite(part, where)
+    return np.ascontiguousarray(part.T) if transposed else part
+
+  return lazy.LazyArray(
+    shape=entry.shape[::-1] if transposed else entry.shape,
+    dtype=np.dtype(np.float32),
+    read=read,
+  )
 
 
 def floating(array: np.ndarray, where: str) -> np.ndarray:

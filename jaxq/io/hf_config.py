@@ -13,7 +13,7 @@ of HARMLESS, which do not change what a trained model computes: none is ignored
 in silence.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from jaxq.nn import mlp
@@ -223,7 +223,8 @@ def read(raw: Mapping[str, Any], where: str) -> Config:
   known = DEFAULTS[model_type]
   given = _one_spelling(raw, model_type)
   given = _flat_rope(given, model_type, where)
-  _refuse(given, known, model_type, where)
+  checked = {*known, _PROJECTION} if model_type == 'opt' else known
+  refuse_keys(given, checked, _FIXED, HARMLESS, model_type, where)
   config = known | {
     k: v for k, v in given.items() if k in known and not _absent(k, v, known)
   }
@@ -298,25 +299,44 @@ def _absent(key: str, value: Any, known: Config) -> bool:
   )
 
 
-def _refuse(given: Config, known: Config, model_type: str, where: str) -> None:
-  """Raises for keys that would change the maths, or might."""
+def refuse_keys(
+  given: Mapping[str, Any],
+  known: Collection[str],
+  fixed: Mapping[str, tuple[Any, ...]],
+  harmless: Collection[str],
+  model_type: str,
+  where: str,
+) -> None:
+  """Raises for keys that would change the maths, or might; null never does.
+
+  Args:
+    given: of a config.json.
+    known: keys that are computed with.
+    fixed: other keys -> the values that are what we compute.
+    harmless: keys that do not count.
+    model_type, where: for messages.
+
+  Raises:
+    NotImplementedError: another value of a fixed key.
+    ValueError: keys that are in none of these.
+  """
   unknown = []
   for key, value in given.items():
-    if key in known or key in HARMLESS or value is None:
+    if key in known or value is None:
       continue
-    if key not in _FIXED and (model_type, key) != ('opt', _PROJECTION):
+    if key in fixed:
+      if value not in fixed[key]:
+        raise NotImplementedError(
+          f'{where}: {key}={value!r} changes the maths; allowed are '
+          f'{[*fixed[key], None]}. Use a model without it.'
+        )
+    elif key not in harmless:
       unknown.append(key)
-    elif key in _FIXED and value not in _FIXED[key]:
-      raise NotImplementedError(
-        f'{where}: {key}={value!r} changes the maths; allowed are '
-        f'{[*_FIXED[key], None]}. Use a model without it.'
-      )
   if unknown:
     raise ValueError(
       f'{where}: keys {sorted(unknown)} are not known for model_type '
       f'{model_type!r} and may change the maths; allowed are {sorted(known)} '
-      'and the harmless ones of jaxq.io.hf_config. Remove them if they do not '
-      'matter.'
+      'and harmless ones. Remove them if they do not matter.'
     )
 
 

@@ -6,21 +6,16 @@ takes its tensors and closes it. A key that would change the maths is refused,
 and so is one that we do not know.
 """
 
-import json
 import pathlib
 from typing import Any
 
-import ml_dtypes  # noqa: F401  NumPy learns bfloat16 from it.
 import numpy as np
-import safetensors
 import tokenizers
 
-from jaxq.io import files, hf_config, whisper
+from jaxq.io import files, hf, hf_config, whisper
 from jaxq.io import tokenizer as tokenizer_lib
 
 MODEL_TYPE = 'whisper'
-_SINGLE = 'model.safetensors'
-_INDEX = 'model.safetensors.index.json'
 _HEAD = 'proj_out.weight'  # The embedding again; some files repeat it.
 _FLOATING = ('F64', 'F32', 'F16', 'BF16')
 _TOKENS = (
@@ -31,11 +26,11 @@ _TOKENS = (
 )
 # Keys that change the maths -> the values that models/whisper.py computes.
 _FIXED: dict[str, tuple[Any, ...]] = {
-  'activation_function': ('gelu', None),
-  'scale_embedding': (False, None),
-  'tie_word_embeddings': (True, None),
-  'is_encoder_decoder': (True, None),
-  'quantization_config': (None,),
+  'activation_function': ('gelu',),
+  'scale_embedding': (False,),
+  'tie_word_embeddings': (True,),
+  'is_encoder_decoder': (True,),
+  'quantization_config': (),
 }
 # Of training, of word timestamps and of other tasks on the encoder.
 _HARMLESS = hf_config.HARMLESS | frozenset(
@@ -70,8 +65,9 @@ class HfWhisperSource:
     self.config = _config(self.path)
     self._file_of: dict[str, pathlib.Path] = {}
     shapes = {}
-    for path in _weights(self.path):
-      with _open(path) as file:
+    for shard in sorted(set(hf.tensor_files(self.path).values())):
+      path = self.path / shard
+      with hf.open_file(path) as file:
         for name in file.keys():  # noqa: SIM118  Not a dict.
           entry = file.get_slice(name)
           if entry.get_dtype() not in _FLOATING:
@@ -114,7 +110,7 @@ class HfWhisperSource:
       path = self._file_of[entry.hf.format(i=i)]
       by_file.setdefault(path, []).append(entry)
     for path, entries in by_file.items():
-      with _open(path) as file:
+      with hf.open_file(path) as file:
         for entry in entries:
           name = entry.hf.format(i=i)
           array = file.get_tensor(name).astype(np.float32)
@@ -125,76 +121,15 @@ class HfWhisperSource:
 def _config(folder: pathlib.Path) -> dict[str, Any]:
   """Reads and checks config.json; returns the keys we use."""
   path = folder / 'config.json'
-  raw = _json(path)
-  for key, allowed in _FIXED.items():
-    if raw.get(key) not in allowed:
-      raise NotImplementedError(
-        f'{path}: {key}={raw[key]!r} changes the maths; allowed are '
-        f'{list(allowed)}. Use a model without it.'
-      )
-  known = {*whisper.SIZES, *_TOKENS, *_FIXED}
-  unknown = sorted(
-    key
-    for key, value in raw.items()
-    if key not in known | _HARMLESS and value is not None
-  )
-  if unknown:
-    raise ValueError(
-      f'{path}: keys {unknown} are not known for model_type {MODEL_TYPE!r} and '
-      f'may change the maths; allowed are {sorted(known)} and the harmless '
-      'ones of jaxq.io.hf_whisper. Remove them if they do not matter.'
-    )
+  raw = hf.read_json(path)
+  known = {*whisper.SIZES, *_TOKENS}
+  hf_config.refuse_keys(raw, known, _FIXED, _HARMLESS, MODEL_TYPE, str(path))
   config = {key: raw.get(key) for key in whisper.SIZES}
   whisper.check_config(config, str(path))
   generation = folder / 'generation_config.json'
-  given = _json(generation) if generation.is_file() else {}
+  given = hf.read_json(generation) if generation.is_file() else {}
   tokens = {
     key: raw.get(key) if given.get(key) is None else given[key]
     for key in _TOKENS
   }
   return {'model_type': MODEL_TYPE, **config, **tokens}
-
-
-def _weights(folder: pathlib.Path) -> list[pathlib.Path]:
-  """The safetensors files, all there."""
-  if (folder / _INDEX).is_file():
-    shards = _json(folder / _INDEX).get('weight_map') or {}
-    paths = [folder / name for name in sorted(set(shards.values()))]
-  else:
-    paths = [folder / _SINGLE]
-  missing = [path for path in paths if not path.is_file()]
-  if missing or not paths:
-    raise FileNotFoundError(
-      f'{folder}: {missing[0].name if missing else _SINGLE} is missing; '
-      'weights must be safetensors, in one file or in shards with their index. '
-      'Save the model with save_pretrained.'
-    )
-  return paths
-
-
-def _open(path: pathlib.Path):
-  try:
-    return safetensors.safe_open(str(path), framework='numpy')
-  except (safetensors.SafetensorError, OSError) as e:
-    raise ValueError(
-      f'{path}: is truncated or damaged ({path.stat().st_size} bytes; the '
-      f'reader says: {e}); a whole safetensors file is needed. Fetch it again.'
-    ) from e
-
-
-def _json(path: pathlib.Path) -> dict[str, Any]:
-  if not path.is_file():
-    raise FileNotFoundError(
-      f'{path}: no such file; a Hugging Face directory needs it. Give the '
-      'directory that holds it.'
-    )
-  try:
-    value = json.loads(path.read_text('utf-8'))
-  except ValueError as e:
-    raise ValueError(f'{path}: is not JSON ({e}). Fetch it again.') from e
-  if not isinstance(value, dict):
-    raise ValueError(
-      f'{path}: holds a {type(value).__name__}; a JSON object is needed. '
-      'Fetch it again.'
-    )
-  return value

@@ -9,12 +9,15 @@ dicts of numpy arrays, in which a typed node is a dict of its array fields.
 `save` puts both in one directory: Orbax's files (zarr, one file per array, no
 time stamps: equal trees are equal bytes) and structure.json, which also holds
 the checksum of every file. Plain Orbax restores it as nested dicts of arrays.
+A tree whose arrays are spread over the processes of a job is written by all of
+them, each its own shards (`save_arrays`), and sealed by one (`seal`).
 
 A new node type is one row of `NODE_TYPES`.
 """
 
 import contextlib
 import dataclasses
+import functools
 import logging
 import os
 import pathlib
@@ -25,11 +28,14 @@ import jax
 import ml_dtypes
 import numpy as np
 import orbax.checkpoint as ocp
+import tensorstore
 
+from jaxq.io import lazy
 from jaxq.io import manifest as manifest_lib
-from jaxq.nn import linear
+from jaxq.nn import linear, routed_low_rank
 from jaxq.numerics import binary, fpx, qarray
 from jaxq.numerics import spec as spec_lib
+from jaxq.parallel import arrays as arrays_lib
 
 STRUCTURE = 'structure.json'
 STRUCTURE_VERSION = 1
@@ -108,6 +114,11 @@ NODE_TYPES: dict[str, NodeType] = {
     arrays=('a', 'b'),
     static={},
   ),
+  'RoutedLowRank': NodeType(
+    cls=routed_low_rank.RoutedLowRank,
+    arrays=('a', 'b', 'router', 'weight'),
+    static={'shared': _PLAIN, 'top_k': _PLAIN},
+  ),
   'OnlineHadamard': NodeType(
     cls=linear.OnlineHadamard,
     arrays=(),
@@ -124,8 +135,7 @@ def split(tree: dict[str, Any]) -> tuple[Any, dict]:
 
   Raises:
     TypeError: a leaf that is neither an array nor of a known type.
-    ValueError: a key that cannot name a file, or an array that is spread over
-      several processes.
+    ValueError: a key that cannot name a file.
   """
   if not isinstance(tree, dict):
     raise TypeError(f'a tree must be a dict, not {type(tree).__name__}.')
@@ -144,11 +154,37 @@ def join(structure: dict, arrays: dict) -> dict[str, Any]:
 
 
 def save(directory: pathlib.Path, tree: dict[str, Any]) -> None:
-  """Writes a tree to an empty directory and flushes it to the disk."""
-  structure, arrays = split(tree)
-  if arrays:  # Orbax refuses a tree without any.
-    with _quiet_orbax():
-      _handler().save(directory, args=ocp.args.PyTreeSave(arrays))
+  """Writes a tree to an empty directory and flushes it to the disk.
+
+  Raises:
+    ValueError: an array that is spread over several processes.
+  """
+  for leaf in jax.tree.leaves(tree):
+    if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
+      raise ValueError(
+        f'an array {leaf.shape} is spread over several processes; one process '
+        'writes what it has. Gather it first, or use save_arrays and seal.'
+      )
+  _save_arrays(directory, split(tree)[1], _handler)
+  seal(directory, tree)
+
+
+def save_arrays(directory: pathlib.Path, tree: dict[str, Any]) -> None:
+  """Writes this process's part of a tree; all processes of a job call it.
+
+  Every shard is written once, by the process that has its first replica, and
+  arrays that are the same everywhere by process 0. Nobody waits for the others.
+
+  Args:
+    directory: empty, and seen by all processes.
+    tree: the same on all; its arrays are global ones, or NumPy's.
+  """
+  _save_arrays(directory, split(tree)[1], _shared_handler)
+
+
+def seal(directory: pathlib.Path, tree: dict[str, Any]) -> None:
+  """Adds structure.json to the arrays of a tree and flushes all of it."""
+  structure, _ = split(tree)
   manifest_lib.write_json(
     directory / STRUCTURE,
     {
@@ -160,10 +196,20 @@ def save(directory: pathlib.Path, tree: dict[str, Any]) -> None:
   manifest_lib.sync_tree(directory)
 
 
-def load(directory: pathlib.Path) -> dict[str, Any]:
-  """What `save` wrote; ValueError naming the file that is damaged."""
+def load(directory: pathlib.Path, lazily: bool = False) -> dict[str, Any]:
+  """What `save` wrote.
+
+  Args:
+    directory: that it was written to.
+    lazily: leaves are io.lazy.LazyArrays, read where they are indexed.
+
+  Raises:
+    ValueError: a file is damaged; the message names it.
+  """
   found = read_structure(directory)
   manifest_lib.check_files(directory, found['files'])
+  if lazily:
+    return join(found['structure'], _folders(directory))
   arrays = {}
   if found['files']:
     try:
@@ -226,26 +272,21 @@ def _split_items(head, name, values, path):
 
 def _split_array(value, path):
   """An array -> its dtype and shape, and its bytes in a storable dtype."""
-  if isinstance(value, jax.Array) and not value.is_fully_addressable:
-    raise ValueError(
-      f'{_show(path)} is spread over several processes; gather it first, for '
-      'example with jax.experimental.multihost_utils.process_allgather.'
-    )
-  array = np.asarray(value)
-  if array.dtype.kind not in 'biufc' and not hasattr(
-    ml_dtypes, array.dtype.name
-  ):
+  dtype = np.dtype(value.dtype)
+  if dtype.kind not in 'biufc' and not hasattr(ml_dtypes, dtype.name):
     raise TypeError(
-      f'{_show(path)} has dtype {array.dtype}; booleans and '
-      'numbers are allowed.'
+      f'{_show(path)} has dtype {dtype}; booleans and numbers are allowed.'
     )
-  head = {
-    'type': 'array',
-    'dtype': array.dtype.name,
-    'shape': list(array.shape),
-  }
-  array = np.ascontiguousarray(array).reshape(array.shape)
-  return head, array.view(_stored_dtype(array.dtype)) if array.size else None
+  head = {'type': 'array', 'dtype': dtype.name, 'shape': list(value.shape)}
+  if not value.size:
+    return head, None
+  stored = _stored_dtype(dtype)
+  if isinstance(value, jax.Array) and not value.is_fully_addressable:
+    if stored == dtype:
+      return head, value
+    value = arrays_lib.fetch(value)  # Such are scales, and small.
+  array = np.ascontiguousarray(value).reshape(value.shape)
+  return head, array.view(stored)
 
 
 def _join(structure, arrays, path):
@@ -281,6 +322,9 @@ def _join_array(structure, array, path):
   if 0 in shape:
     return np.zeros(shape, dtype)
   stored = _stored_dtype(dtype)
+  if isinstance(array, pathlib.Path):
+    read = functools.partial(_read_zarr, array, dtype)
+    return lazy.LazyArray(shape=shape, dtype=dtype, read=read)
   if not isinstance(array, np.ndarray) or (
     (array.dtype, array.shape) != (stored, shape)
   ):
@@ -321,6 +365,41 @@ def _show(path: tuple[str, ...]) -> str:
   return '/'.join(path) or 'the tree'
 
 
+def _save_arrays(directory, arrays, make_handler) -> None:
+  if arrays:  # Orbax refuses a tree without any.
+    with _quiet_orbax():
+      make_handler().save(directory, args=ocp.args.PyTreeSave(arrays))
+
+
+def _folders(directory: pathlib.Path) -> dict[str, Any]:
+  """The arrays of a directory, each as the folder that holds it."""
+  found: dict[str, Any] = {}
+  for path in sorted(directory.glob('*/.zarray')):
+    *parents, last = path.parent.name.split('.')
+    node = found
+    for key in parents:
+      node = node.setdefault(key, {})
+    node[last] = path.parent
+  return found
+
+
+def _read_zarr(path: pathlib.Path, dtype: np.dtype, index: lazy.Index) -> Any:
+  """A part of one array."""
+  spec = {
+    'driver': 'zarr',
+    'kvstore': {'driver': 'file', 'path': str(path)},
+  }
+  try:
+    array = tensorstore.open(spec, open=True, read=True).result()
+    part = array[index].read().result()
+  except (ValueError, KeyError, OSError) as error:
+    raise ValueError(
+      f'{path} is damaged: it cannot be read '
+      f'({str(error).splitlines()[0]}); copy or make it again.'
+    ) from error
+  return np.ascontiguousarray(part).view(dtype).reshape(part.shape)
+
+
 def _handler() -> ocp.PyTreeCheckpointHandler:
   """Orbax without what differs from run to run.
 
@@ -335,6 +414,29 @@ def _handler() -> ocp.PyTreeCheckpointHandler:
       primary_host=process,
       active_processes={process},
       barrier_sync_key_prefix=f'jaxq_{process}',
+    ),
+  )
+
+
+class _ShardHandler(ocp.type_handlers.ArrayHandler):
+  """Writes shards of what is read as NumPy arrays, on whatever devices."""
+
+  def typestr(self) -> str:
+    return ocp.type_handlers.NumpyHandler().typestr()
+
+
+def _shared_handler() -> ocp.PyTreeCheckpointHandler:
+  """The same for all processes of a job; process 0 writes what describes."""
+  shards = _ShardHandler(
+    use_replica_parallel=False,
+    enable_write_sharding_file=False,
+    array_metadata_store=None,
+  )
+  return ocp.PyTreeCheckpointHandler(
+    use_ocdbt=False,
+    use_zarr3=False,
+    type_handler_registry=ocp.type_handlers.create_type_handler_registry(
+      (jax.Array, shards), (np.ndarray, ocp.type_handlers.NumpyHandler())
     ),
   )
 

@@ -5,7 +5,7 @@ from typing import Any
 import jax
 from flax import linen as nn
 
-from jaxq.kvcache import contiguous
+from jaxq.kvcache import interface
 from jaxq.nn import causal, linear, matmul, norms
 from jaxq.nn import rope as rope_lib
 
@@ -44,9 +44,9 @@ class Attention(nn.Module):
     self,
     x: jax.Array,
     positions: jax.Array,
-    cache: contiguous.ContiguousCache | None = None,
-  ) -> tuple[jax.Array, contiguous.ContiguousCache | None]:
-    """(B, T, C), (B, T) int32 -> (B, T, C) and the cache with T more tokens."""
+    cache: interface.Cache | None = None,
+  ) -> tuple[jax.Array, interface.Update | None]:
+    """(B, T, C), (B, T) int32 -> (B, T, C) and what the cache is to append."""
     B, T, C = x.shape
     H, Hkv, D = self.num_heads, self.num_kv_heads, self.head_dim
 
@@ -74,9 +74,9 @@ class Attention(nn.Module):
       'softcap': self.softcap,
     }
     if cache is None:
-      out = causal.attention(q, k, v, **how)
+      out, update = causal.attention(q, k, v, **how), None
     else:
-      cache = contiguous.append(cache, k, v)
-      out = contiguous.attend(cache, q, positions, **how)
+      scoring = interface.Scoring(**how)
+      out, update = cache.attend(q, k, v, positions, scoring)
     out = out.reshape(B, T, H * D)
-    return dense(C, 'o_proj', self.o_bias)(out), cache
+    return dense(C, 'o_proj', self.o_bias)(out), update

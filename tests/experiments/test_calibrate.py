@@ -362,7 +362,7 @@ class OutputTest(Case):
     refused('data', '--sequences=8')
     refused(r'flags\.methods', '--set=gptq.damping=0.02')
     refused(r'flags\.inputs', '--inputs=float')
-    with mock.patch.object(run, 'code_hash', return_value='changed'):
+    with mock.patch.object(run.files, 'code_hash', return_value='changed'):
       refused('code')
     tiny.save(tiny.model(seed=1), self.folder / 'model')
     refused('source')

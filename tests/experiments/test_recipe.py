@@ -28,6 +28,13 @@ class RecipeTest(parameterized.TestCase):
     (('llm_fp4', 'gptq'), 'W4A8', ['llm_fp4', 'gptq']),
     (('mergequant',), 'W4A4', ['mergequant']),
     (('rotate', 'mergequant'), 'W4A4', ['rotate', 'mergequant']),
+    (('quant_experts',), 'W4A6', ['quant_experts']),
+    (('quant_experts',), 'W3A16', ['quant_experts']),
+    (
+      ('smoothquant', 'quant_experts'),
+      'W4A8',
+      ['smoothquant', 'quant_experts'],
+    ),
   )
   def test_the_chain_is_completed_by_the_scheme(self, given, scheme, expected):
     built = recipe.build(given, schemes.parse(scheme, group_size=-1), ())

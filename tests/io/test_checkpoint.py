@@ -358,6 +358,12 @@ class CheckpointTest(parameterized.TestCase):
     with self.assertRaisesRegex(ValueError, 'is a file; the output must be'):
       self.start()
 
+  def test_a_bucket_is_no_path(self):
+    with self.assertRaisesRegex(
+      NotImplementedError, 'gs://b/out: jaxq writes to file systems.*Mount the'
+    ):
+      checkpoint.Writer('gs://b/out', _FINGERPRINT)
+
   def test_two_writers(self):
     first = self.start()
     with self.assertRaisesRegex(OSError, 'another run is writing .*out.v1 '):

@@ -188,6 +188,11 @@ class ExportTest(parameterized.TestCase):
     ('hadamard', linear.OnlineHadamard(16), 'online Hadamard.*rotate.online'),
     ('permute', np.arange(32, dtype=np.int32), "it has 'permute'"),
     ('output', TOKEN, "it has 'output'"),
+    (
+      'low_rank',
+      linear.LowRank(np.ones((32, 2)), np.ones((2, 16))),
+      'low-rank term of its float input .* calibrate without quant_experts',
+    ),
     ('input', linear.StepInput(INT8), 'quantized by StepInput'),
   )
   def test_quant_entries_without_a_place(self, key, value, message):

@@ -76,7 +76,11 @@ class EncoderSourceTest(parameterized.TestCase):
 
   @parameterized.parameters(
     ({'position_embedding_type': 'relative_key'}, NotImplementedError, 'maths'),
-    ({'is_decoder': True}, NotImplementedError, r'is_decoder=True.*\[False\]'),
+    (
+      {'is_decoder': True},
+      NotImplementedError,
+      r'is_decoder=True.*\[False, None\]',
+    ),
     ({'new_gate': 3}, ValueError, r"keys \['new_gate'\] are not known"),
     ({'hidden_size': 0}, ValueError, 'hidden_size=0; it must be a positive'),
     ({'num_hidden_layers': 3}, ValueError, '16 tensors are missing, first'),

@@ -93,7 +93,10 @@ class ReadTest(parameterized.TestCase):
     self.assertEqual(read('qwen3_moe', num_experts=9)['num_local_experts'], 9)
 
   def test_harmless_and_null_keys_are_left(self):
-    read(torch_dtype='bfloat16', attention_dropout=0.1, some_new_key=None)
+    given = read(
+      torch_dtype='bfloat16', attention_dropout=0.1, some_new_key=None
+    )
+    self.assertEqual(given, read())
 
 
 class RefusalTest(parameterized.TestCase):

@@ -14,7 +14,7 @@ import orbax.checkpoint as ocp
 from absl.testing import absltest, parameterized
 
 from jaxq.io import trees
-from jaxq.nn import linear
+from jaxq.nn import linear, routed_low_rank
 from jaxq.numerics import binary, fpx, qarray
 from jaxq.numerics import spec as spec_lib
 from tests.numerics import test_binary
@@ -134,6 +134,14 @@ class TreesTest(parameterized.TestCase):
       'low_rank': linear.LowRank(
         a=np.ones((4, 2), np.float32), b=np.ones((2, 3), np.float32)
       ),
+      'routed': routed_low_rank.RoutedLowRank(
+        a=qarray.quantize(jnp.ones((4, 3)), spec_lib.QuantSpec(dtype='int8')),
+        b=np.ones((3, 2), ml_dtypes.bfloat16),
+        router=np.ones((4, 2), ml_dtypes.bfloat16),
+        weight=np.ones(4, np.float32) if static else None,
+        shared=1,
+        top_k=2 if static else 1,
+      ),
     }
     assert_same(self, self.round_trip(tree), tree)
 
@@ -153,6 +161,24 @@ class TreesTest(parameterized.TestCase):
     found = ocp.PyTreeCheckpointer().restore(directory)
     np.testing.assert_array_equal(found['a']['b'], np.arange(3))
     np.testing.assert_array_equal(found['c'], np.ones(2))
+
+  def test_lazy_leaves_are_the_eager_ones(self):
+    q = qarray.quantize(
+      jnp.arange(64.0).reshape(32, 2), spec_lib.QuantSpec(dtype='int4')
+    )
+    path = pathlib.Path(self.enterContext(tempfile.TemporaryDirectory()))
+    tree = {
+      'q': jax.device_get(q),
+      'x': {'bf16': np.arange(6).reshape(2, 3).astype(ml_dtypes.bfloat16)},
+      'e': np.arange(4, dtype=np.float32).astype(ml_dtypes.float8_e8m0fnu),
+      'none': np.zeros((0, 2), np.float32),
+    }
+    trees.save(path, tree)
+    lazy = trees.load(path, lazily=True)
+    assert_same(self, lazy, trees.load(path))
+    self.assertEqual(
+      lazy['x']['bf16'][1:, 1:].tobytes(), tree['x']['bf16'][1:, 1:].tobytes()
+    )
 
   def test_save_is_quick_and_quiet(self):
     """A block of usual size, 0.3 s on a free machine; five times that here."""

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl.testing import absltest, parameterized
 
-from jaxq.kvcache import contiguous
+from jaxq.kvcache import contiguous, interface
 from jaxq.nn import attention, embed, norms, rope
 
 
@@ -54,9 +54,10 @@ class LayersTest(parameterized.TestCase):
     self.assertIsNone(none)
     cache = contiguous.init(2, 10, Hkv, 8)
     for t in range(6):
-      y, cache = module.apply(
+      y, update = module.apply(
         variables, x[:, t : t + 1], positions[:, t : t + 1], cache
       )
+      cache = interface.append(cache, update)
       np.testing.assert_allclose(y[:, 0], expected[:, t], atol=1e-5)
     np.testing.assert_array_equal(cache.length, [6, 6])
 

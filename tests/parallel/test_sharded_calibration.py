@@ -77,7 +77,9 @@ class ShardedCalibrationTest(parameterized.TestCase):
     # Adam's first step is the sign of a gradient, which may be next to zero.
     slack = 100 if row['method'] in (*rounded, 'ptq161') else 1
     self.assertLess(row['output_error'], slack * 1e-4)
-    self.assertLess(row['logit_error'], slack * 1e-4)
+    # A token half way between two experts may go to the other one.
+    routed = 5 if row['method'] == 'quant_experts' else 1
+    self.assertLess(row['logit_error'], routed * slack * 1e-4)
     one, many = row['perplexities']
     self.assertLess(abs(many / one - 1), (10 if slack > 1 else 1) * 1e-4)
 
