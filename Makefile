@@ -32,6 +32,8 @@ export JAX_PLATFORMS ?= cpu
 export JAX_COMPILATION_CACHE_DIR ?= $(CACHE)/jax
 export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS ?= 0.3
 export TF_CPP_MIN_LOG_LEVEL ?= 2
+# Compiling for a TPU that is not there takes none from another process.
+export ALLOW_MULTIPLE_LIBTPU_LOAD ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 PYTEST := $(VENV)/bin/python -m pytest

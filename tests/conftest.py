@@ -33,13 +33,14 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile('jaxq')
 
 _ROOT = pathlib.Path(__file__).parent
+# Every method is traced on every family by tests/experiments/test_methods.py,
+# so that those of `quant` need not run on the newest JAX one by one.
 _MARKERS = {  # The first folder under tests/: the markers of its tests.
   'calibrate': ('smoke',),
   'experiments': ('smoke',),
   'nn': ('smoke',),
   'numerics': ('smoke',),
   'parity': ('parity',),
-  'quant': ('smoke',),
   'tpu_aot': ('tpu_aot',),
 }
 

@@ -17,6 +17,7 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 Request = Callable[[tuple[int, ...]], Any]
 
@@ -126,9 +127,11 @@ class Percentile:
 class Hessian:
   """upper (K, K), count (): sum of x x^T over tokens, and their number.
 
-  The Hessian of the squared output error is twice its mean. Only the blocks on
-  and above the diagonal are summed: 1.25 K^2 flops a token where K divides by
-  4. At the highest matmul precision, as its inverse is what counts.
+  The Hessian of the squared output error is twice its mean. A CPU sums only the
+  blocks on and above the diagonal: 1.25 K^2 flops a token where K divides by 4.
+  Elsewhere it is one product of 2 K^2, as a mesh would have to move a tap that
+  is sharded by channels to cut it. At the highest matmul precision: its inverse
+  is what counts.
   """
 
   upper: jax.Array
@@ -137,7 +140,8 @@ class Hessian:
   def update(self, x: jax.Array) -> 'Hessian':
     """x (..., K)."""
     flat = _flat(x)
-    return Hessian(self.upper + _upper_gram(flat), self.count + flat.shape[0])
+    gram = lax.platform_dependent(flat, cpu=_upper_gram, default=_gram)
+    return Hessian(self.upper + gram, self.count + flat.shape[0])
 
   @property
   def mean(self) -> jax.Array:
@@ -146,14 +150,19 @@ class Hessian:
     return 2.0 * total / jnp.maximum(self.count, 1.0)
 
 
+def _gram(x: jax.Array) -> jax.Array:
+  """x (tokens, K) -> x^T x (K, K)."""
+  return jnp.matmul(x.T, x, precision=lax.Precision.HIGHEST)
+
+
 def _upper_gram(x: jax.Array) -> jax.Array:
-  """x (tokens, K) -> x^T x (K, K), zero in the blocks below the diagonal."""
+  """As _gram, with zeros in the blocks below the diagonal."""
   K = x.shape[1]
   # Blocks smaller than this lose more by their size than symmetry saves.
   parts = next((n for n in (4, 3, 2) if K % n == 0 and K // n >= 192), 1)
   cut = jnp.split(x, parts, axis=1)
   zero = jnp.zeros((K // parts, K // parts), x.dtype)
-  product = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
+  product = functools.partial(jnp.matmul, precision=lax.Precision.HIGHEST)
   return jnp.block(
     [
       [zero if j < i else product(cut[i].T, cut[j]) for j in range(parts)]
