@@ -71,7 +71,9 @@ class JobTest(parameterized.TestCase):
       fakes.job(**fields)
 
   def test_a_mesh_of_all_devices_is_taken(self):
-    fakes.job('tpu7x:2x2x1', arguments=('--mesh=data:2, model:4',))
+    arguments = ('--mesh=data:2, model:4',)
+    job = fakes.job('tpu7x:2x2x1', arguments=arguments)
+    self.assertEqual(job.arguments, arguments)
 
   def test_launchers_of_the_cloud_need_an_image_and_a_bucket(self):
     with self.assertRaisesRegex(ValueError, r'--image not given; launch.gke'):
