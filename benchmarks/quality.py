@@ -27,10 +27,12 @@ flags.DEFINE_string('work', '/tmp/jaxq_quality', 'Where the runs write.')
 flags.DEFINE_string('store', 'docs/quality.json', 'The stored results.')
 flags.DEFINE_string('page', 'docs/quality.md', 'The page made from them.')
 flags.DEFINE_list('only', [], 'Settings to run, such as W4g64; default all.')
+flags.DEFINE_multi_string('row', [], "Rows to run, such as 'W4, GPTQ'.")
 flags.DEFINE_bool('rerun', False, 'Run rows that are stored already.')
 
 COMMON = ('--model=smollm2-135m', '--eval_window=2048', '--eval_tokens=8192')
 DATA_FREE = ('--sequences=8',)  # Nothing is learned from them.
+HALF = ('--sequences=32',)  # Ranges settle before Hessians do.
 ASYMMETRIC = ('--nosymmetric', '--noinput_symmetric')
 SETTINGS = {
   'W8A8': ('--scheme=W8A8',),
@@ -43,8 +45,8 @@ SETTINGS = {
   'W2': ('--scheme=W2A16', '--group_size=-1'),
   'W1': ('--scheme=W1A16', '--group_size=-1'),
   'W8A8 static': ('--scheme=W8A8_STATIC',),
-  'W6A6 static': ('--scheme=W6A6_STATIC', *ASYMMETRIC),
-  'W6A6': ('--scheme=W6A6', '--nosymmetric'),
+  'W6A6 static': ('--scheme=W6A6_STATIC', *ASYMMETRIC, *HALF),
+  'W6A6': ('--scheme=W6A6', '--nosymmetric', *HALF),
   'W4A4 asymmetric': ('--scheme=W4A4', *ASYMMETRIC),
   'W4g64A6': ('--scheme=W4A6', '--group_size=64', '--nosymmetric'),
   'W4g64A8': ('--scheme=W4A8', '--group_size=64', '--nosymmetric'),
@@ -200,9 +202,11 @@ COLUMNS = (
   'word perplexity',
   'bits per byte',
   'bits per weight',
-  'calibration',
-  'peak memory',
 )
+COST = ('calibration', 'processor time', 'peak memory')
+# What the cost of the others is a ratio to: 64 sequences, in the same store.
+YARDSTICK = 'W4g64, GPTQ'
+SEQUENCE_LENGTH = 512
 
 
 def main(argv: Sequence[str]) -> None:
@@ -213,6 +217,8 @@ def main(argv: Sequence[str]) -> None:
     name = f'{setting}, {method}'
     arguments = [*COMMON, *SETTINGS[setting], *extra]
     if FLAGS.only and setting not in FLAGS.only:
+      continue
+    if FLAGS.row and name not in FLAGS.row:
       continue
     if stored.get(name, {}).get('flags') == arguments and not FLAGS.rerun:
       continue
@@ -243,14 +249,55 @@ def page(stored: dict[str, dict]) -> str:
     'intervals over blocks of 128 tokens; those of the ratio\nare paired, and '
     'hold for these articles.\n\n'
     f'{table}\n'
-    'Calibration: 64 sequences of 512 tokens of the calibration articles, 16 '
-    'for AWQ,\nwhose statistics settle early; RTN and rotation alone learn '
-    'nothing from data.\nSeconds and memory are of the whole process before '
-    'evaluation, on a machine that\ndid other work as well: compare quality, '
-    'not seconds.\n\n'
+    'Calibration: 64 sequences of 512 tokens of the calibration articles, 32 '
+    'at W6A6,\n16 for AWQ, PTQ1.61 and Quant Experts; RTN and rotation alone '
+    'learn nothing from\ndata. The flags of every row are below.\n\n'
+    f'{cost_table(stored, found)}\n'
     + ''.join(f'- {run}\n' for run in runs)
     + f'\n| row | flags |\n|---|---|\n{commands}\n'
   )
+
+
+def cost_table(stored: dict[str, dict], names: Sequence[str]) -> str:
+  """What calibrating cost, beside GPTQ: Markdown, a row per measured name.
+
+  The ratio is of processor time, which a machine that does other work as well
+  stretches less than the seconds of a clock.
+  """
+  costs = {name: _metrics(stored[name]['row']) for name in names}
+  whole = costs.get(YARDSTICK, {}).get('processor time')
+  lines = [
+    '## Cost of calibration',
+    '',
+    'Of the whole process before evaluation, its imports and compiles as well;',
+    'the machine did other work at the same time, so the ratio, to GPTQ '
+    f'({YARDSTICK}),',
+    'is of processor time.',
+    '',
+    '| row | tokens | seconds | processor seconds | ratio to GPTQ | peak GB |',
+    '|---|---|---|---|---|---|',
+  ]
+  for name, cost in costs.items():
+    if 'processor time' not in cost:
+      continue
+    tokens = _sequences(stored[name]['flags']) * SEQUENCE_LENGTH
+    seconds, used, memory = (cost[column] for column in COST)
+    ratio = f'{used / whole:.2f}' if whole else ''
+    lines.append(
+      f'| {name} | {tokens:,} | {seconds:.0f} | {used:.0f} | {ratio} '
+      f'| {memory:.2f} |'
+    )
+  return '\n'.join(lines) + '\n'
+
+
+def _metrics(row: dict) -> dict[str, float]:
+  return {metric['name']: metric['value'] for metric in row['metrics']}
+
+
+def _sequences(arguments: Sequence[str]) -> int:
+  """What the last --sequences says; the default of calibrate without one."""
+  given = [a for a in arguments if a.startswith('--sequences=')]
+  return int(given[-1].partition('=')[2]) if given else 64
 
 
 def measure(name: str, arguments: list[str]) -> dict:

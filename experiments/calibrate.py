@@ -216,6 +216,8 @@ def main(argv: Sequence[str]) -> int | None:
     results.Metric(
       name='calibration', value=time.perf_counter() - start, unit='s'
     ),
+    # Of this process's threads: what a loaded machine does not stretch.
+    results.Metric(name='processor time', value=time.process_time(), unit='s'),
     results.Metric(name='peak memory', value=_peak_gigabytes(), unit='GB'),
   )
   if ran:

@@ -21,6 +21,7 @@ from experiments import evaluation, results, speech
 from jaxq.data import images, passages, pipeline
 from jaxq.eval import bootstrap as bootstrap_lib
 from jaxq.eval import embedding, features
+from models import decoder, whisper
 
 COSINE = 'cosine to float'
 RETRIEVAL = 'retrieval top-1'
@@ -58,6 +59,8 @@ class Family:
   evaluation: (model, choice) -> what `compare` takes.
   compare: (reference or None, model, that, mesh=, config=, progress=) -> rows,
     the reference's first.
+  logits: (config, params outside the blocks, stream (B, T, C)) -> (B, T, V);
+    None for families that predict no tokens.
   """
 
   calibration_source: str
@@ -67,6 +70,7 @@ class Family:
   calibration: Callable[[Any, Choice], Any]
   evaluation: Callable[[Any, Choice], Any]
   compare: Callable[..., tuple[results.Row, ...]]
+  logits: Callable[[Any, Any, jax.Array], jax.Array] | None = None
 
 
 def of(model: Any) -> Family:
@@ -115,6 +119,15 @@ class Samples:
   data: Any
   other: Any
   description: str
+
+
+def _logits(module: Any) -> Callable[[Any, Any, jax.Array], jax.Array]:
+  """Family.logits of a module class with a `logits` method."""
+
+  def logits(config: Any, outside: Any, x: jax.Array) -> jax.Array:
+    return module(config).apply({'params': outside}, x, method='logits')
+
+  return logits
 
 
 def _windows(model: Any, choice: Choice) -> np.ndarray:
@@ -307,6 +320,7 @@ FAMILIES: dict[str, Family] = {
     calibration=_windows,
     evaluation=_evaluation_windows,
     compare=_compare_decoders,
+    logits=_logits(decoder.Decoder),
   ),
   'encoder': Family(
     calibration_source=_TEXT[0],
@@ -334,5 +348,6 @@ FAMILIES: dict[str, Family] = {
     calibration=speech.calibration,
     evaluation=speech.evaluation,
     compare=speech.compare,
+    logits=_logits(whisper.Whisper),
   ),
 }

@@ -26,13 +26,11 @@ import tqdm
 from absl import flags
 
 import models
-from experiments import cli, recipe, results
-from jaxq.data import pipeline
+from experiments import cli, families, recipe, results
 from jaxq.eval import sensitivity
 from jaxq.numerics import spec as spec_lib
 from jaxq.parallel import mesh as mesh_lib
 from jaxq.quant import mixed, schemes
-from models import decoder
 
 _METHODS = ('gptq', 'rtn')
 _SHOWN = 8  # Units in the printed table.
@@ -66,7 +64,7 @@ _IGNORE = flags.DEFINE_multi_string(
   'ignore', [], 'Linears kept float: a name (down_proj) or re:PATTERN.'
 )
 _DATA = flags.DEFINE_string(
-  'data', 'wiki-sample:calibration', 'Text, as of experiments.calibrate.'
+  'data', '', 'As of experiments.calibrate; default: what fits the model.'
 )
 _SEQUENCES = flags.DEFINE_integer('sequences', 4, 'Of --data.', lower_bound=1)
 _LENGTH = flags.DEFINE_integer(
@@ -237,21 +235,22 @@ def _measure() -> Report:
     return recipe.build([_METHOD.value], scheme, _SET.value).transform
 
   model = models.open_model(_MODEL.value)
-  if model.family != 'decoder':
+  logits = families.of(model).logits
+  if logits is None:
     raise NotImplementedError(
       f'--model={_MODEL.value}: sensitivity compares next-token predictions; '
-      'a decoder is needed. Give a language model.'
+      f'of the family {model.family} there are none. Give a language model or '
+      'a Whisper model.'
     )
-  data = pipeline.DataConfig(
-    source=_DATA.value,
-    num_sequences=_SEQUENCES.value,
-    sequence_length=_LENGTH.value,
+  choice = families.Choice(
+    source=_DATA.value, samples=_SEQUENCES.value, length=_LENGTH.value
   )
-  tokens = pipeline.calibration_tokens(data, model.tokenizer())
+  data, description = families.calibration_data(model, choice)
+  # Speech comes with the mask of its transcripts; text has no padding.
+  mask = data['mask'] if isinstance(data, dict) else None
 
   def head(outside, x):
-    module = decoder.Decoder(model.config_of(outside))
-    return module.apply({'params': outside}, x, method='logits')
+    return logits(model.config_of(outside), outside, x)
 
   num = model.num_blocks
   if config.unit == 'linear':
@@ -269,12 +268,19 @@ def _measure() -> Report:
       bar.update()
 
     units = sensitivity.measure(
-      model, head, specs, method, tokens, config, mesh=mesh, on_unit=on_unit
+      model,
+      head,
+      specs,
+      method,
+      data,
+      config,
+      mask=mask,
+      mesh=mesh,
+      on_unit=on_unit,
     )
   settings = {
     'model': _MODEL.value,
-    'text': data.description,
-    'tokens': int(tokens.size),
+    'data': description,
     'method': _METHOD.value,
     'unit': config.unit,
     'probes': list(config.probes),

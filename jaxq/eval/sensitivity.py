@@ -120,6 +120,7 @@ def measure(
   data: Any,
   config: SensitivityConfig,
   *,
+  mask: np.ndarray | None = None,
   mesh: Mesh | None = None,
   on_unit: Callable[[Unit], None] = lambda unit: None,
 ) -> list[Unit]:
@@ -132,13 +133,15 @@ def measure(
     method: the Transform, of one stage, that makes them so.
     data: what the model's `embed` takes, all samples.
     config: how.
+    mask: (samples, T), True where a prediction counts; None: all do.
     mesh: None is the default device.
     on_unit: called with each unit.
 
   Raises:
     ValueError: indivisible sequences, or a probe that is no choice.
   """
-  return _Run(model, head, specs, method, config, mesh).measure(data, on_unit)
+  run = _Run(model, head, specs, method, config, mesh)
+  return run.measure(data, mask, on_unit)
 
 
 class _Run:
@@ -164,7 +167,7 @@ class _Run:
     )
     self._kl = jax.jit(functools.partial(_kl, head))
 
-  def measure(self, data, on_unit) -> list[Unit]:
+  def measure(self, data, mask, on_unit) -> list[Unit]:
     size, count = self._config.batch_size, len(jax.tree.leaves(data)[0])
     if count % size:
       raise ValueError(
@@ -194,6 +197,12 @@ class _Run:
       inputs.append(xs)
       xs = self._forward(i, self._params[i], xs)
     self._reference = [self._log_p(self._outside, blocks.stream(x)) for x in xs]
+    if mask is None:
+      mask = np.ones((count, blocks.stream(xs[0]).shape[1]), bool)
+    self._masks = [
+      steps.place_batch(mask[i : i + size]) for i in range(0, count, size)
+    ]
+    self._counted = int(np.sum(mask))
     inputs.append(xs)
     units = []
     for i in range(model.num_blocks):
@@ -282,22 +291,22 @@ class _Run:
     """Mean KL when the blocks from `first` on see xs."""
     for i in range(first, self._model.num_blocks):
       xs = self._forward(i, self._params[i], self._bridged(i, xs))
-    total = [
-      self._kl(self._outside, log_p, blocks.stream(x))
-      for log_p, x in zip(self._reference, xs, strict=True)
+    sums = [
+      self._kl(self._outside, log_p, blocks.stream(x), mask)
+      for log_p, x, mask in zip(self._reference, xs, self._masks, strict=True)
     ]
-    return float(np.mean([np.asarray(t) for t in total]))
+    return float(np.sum([np.asarray(s) for s in sums]) / self._counted)
 
 
-def _kl(head, outside, log_p, x):
-  """Reference log_p (B, T, V), stream (B, T, C) -> mean KL ()."""
+def _kl(head, outside, log_p, x, mask):
+  """Reference log_p (B, T, V), stream (B, T, C), mask (B, T) -> summed KL."""
 
   def row(pair):  # (T, V) at a time.
     log_p, x = pair
     log_q = perplexity.log_probs(head(outside, x))
     return jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1)
 
-  return jnp.mean(jax.lax.map(row, (log_p, x)))
+  return jnp.sum(jax.lax.map(row, (log_p, x)), where=mask)
 
 
 @jax.jit

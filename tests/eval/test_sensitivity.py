@@ -77,6 +77,20 @@ class MeasureTest(parameterized.TestCase):
       self.assertGreater(unit.error['4'], unit.error['8'])
       self.assertEqual(unit.linears, (unit.name,))
 
+  def test_masked_predictions_do_not_count(self):
+    mask = np.arange(TOKENS.shape[1])[None] < np.full((len(TOKENS), 1), 5)
+    specs = {'2': SPECS['2']}
+    config = sensitivity.SensitivityConfig(probes=('2',), unit='block')
+    (*_, unit) = sensitivity.measure(
+      MODEL, head, specs, rtn, TOKENS, config, mask=mask
+    )
+    last = MODEL.num_blocks - 1
+    paths = [lin.path for lin in MODEL.block_at(last).linears]
+    p, q = logits(), logits((last, paths, SPECS['2']))
+    p, q = jax.nn.log_softmax(p[:, :5]), jax.nn.log_softmax(q[:, :5])
+    want = float(jnp.mean(jnp.sum(jnp.exp(p) * (p - q), axis=-1)))
+    np.testing.assert_allclose(unit.kl['2'], want, rtol=1e-2)
+
   def test_a_block_at_once(self):
     units = measure(unit='block')
     names = [f'blocks.{i}' for i in range(MODEL.num_blocks)]
