@@ -1,26 +1,32 @@
-"""The table of caches on SmolLM2-135M, by one command.
+"""The tables of caches on SmolLM2-135M, by one command, in pieces.
 
   python -m benchmarks.kv_quality
+  python -m benchmarks.kv_quality --window=4096 --only='16 bits,4 bits'
 
-Every cache reads the same windows of the evaluation articles in chunks of 128
-tokens, which is what the block caches do token by token when they generate
-(experiments.adapters.cached_scorer): a token sees its own chunk in full
-precision and all before as it is stored. One pass without a cache is the
-reference. Beside the perplexity stand the bits that were really spent, and how
-unlike the norms of the keys are that share a group, which is what OScaR mends.
+A piece is one measurement of one cache, at most a few minutes of one core; what
+is stored with the same settings is not run again (`--rerun` does), so that the
+command can be stopped at any time, or stops by itself after `--minutes`.
 
-Rows stored with the same settings are not run again (`--rerun` does), so the
-command can be interrupted. Writes docs/kv_cache.json and, from it,
-docs/kv_cache.md.
+  nll      perplexity of the evaluation articles, read in chunks of 128 tokens
+           (experiments.adapters.cached_scorer): a token sees its own chunk in
+           full precision and all before as the cache holds it. One pass
+           without a cache is the reference.
+  passkey  a five-digit number in a text that says nothing (jaxq.eval.passkey),
+           asked for behind a context that was read, and compressed, without
+           the question, as kvpress does it; and with the question in sight.
+  beyond   the same in a text longer than the model was trained for.
+
+Beside stand the bytes that the caches of all layers really take. Groups are of
+about equal bytes; controls (random selection, random splits, random channels)
+stand in the group of what they are compared with, with three seeds. Writes
+docs/kv_cache.json and, from it, docs/kv_cache.md.
 """
 
-import dataclasses
 import json
 import pathlib
 import statistics
-import textwrap
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -29,9 +35,18 @@ import numpy as np
 from absl import flags
 
 import models
-from experiments import adapters, cli, evaluation, generation, results
+from benchmarks import kv_page, kv_retrieval
+from experiments import (
+  adapters,
+  cli,
+  evaluation,
+  generation,
+  label_statistics,
+  results,
+)
+from jaxq.data import pipeline
 from jaxq.eval import bootstrap, perplexity
-from jaxq.kvcache import interface, oscar, registry
+from jaxq.kvcache import interface, label_channels, oscar, registry
 from models import decoder
 
 FLAGS = flags.FLAGS
@@ -43,10 +58,57 @@ flags.DEFINE_integer('chunk', 128, 'Tokens read at a time.', lower_bound=1)
 flags.DEFINE_integer(
   'steps', 16, 'Decoding steps to time behind a full window; 0: none.'
 )
+flags.DEFINE_integer(
+  'passkey', 1024, 'Tokens of a text with a number in it.', lower_bound=128
+)
+flags.DEFINE_integer('trials', 2, 'Numbers per depth.', lower_bound=1)
+flags.DEFINE_integer(
+  'beyond', 12288, 'Tokens of a text that is too long.', lower_bound=128
+)
 flags.DEFINE_string('store', 'docs/kv_cache.json', 'The stored results.')
 flags.DEFINE_string('page', 'docs/kv_cache.md', 'The page made from them.')
+flags.DEFINE_string(
+  'channels',
+  'docs/kv_label_channels.json',
+  'Label channels of the model; made where they are not there.',
+)
 flags.DEFINE_list('only', [], 'Groups to run, such as "2 bits"; default all.')
-flags.DEFINE_bool('rerun', False, 'Run rows that are stored already.')
+flags.DEFINE_list('pieces', ['nll', 'passkey'], 'What to measure.')
+flags.DEFINE_float('minutes', 1e9, 'After so many no piece is begun.')
+flags.DEFINE_bool('rerun', False, 'Run pieces that are stored already.')
+
+PIECES = ('beyond', 'nll', 'passkey')
+
+
+def _evicting(ratio: float, *more: str) -> tuple[str, ...]:
+  """Every policy at one ratio, with the controls."""
+  return (
+    *(
+      f'evict:policy={policy},ratio={ratio}'
+      for policy in ('streaming', 'knorm', 'h2o', 'snapkv', 'expected')
+    ),
+    f'evict:policy=snapkv,ratio={ratio},head_budgets=true',
+    *(
+      f'evict:policy=random,ratio={ratio}' + f',seed={seed}' * bool(seed)
+      for seed in range(3)
+    ),
+    *more,
+  )
+
+
+def _sparse(budget: int) -> tuple[str, ...]:
+  """What reads so many tokens of a step's past and keeps all."""
+  labels = f'double_sparsity:heavy_tokens={budget},dense_prefill=false'
+  local = budget // 2
+  return (
+    f'quest:budget={budget},dense_prefill=false',
+    f'{labels},channels=CALIBRATED',
+    *(f'{labels},channels=random,seed={seed}' for seed in range(3)),
+    f'tokenselect:budget={budget},sinks=4,local=128,chunk=128',
+    f'evict:policy=streaming,budget={local + budget}',
+    f'evict:policy=h2o,budget={local + budget}',
+  )
+
 
 # Groups of about equal bits: compare within them, by the column of bits.
 ROWS = {
@@ -92,80 +154,221 @@ ROWS = {
     'oscar:group_size=64',
   ),
 }
-_SETTINGS = ('model', 'data', 'window', 'tokens', 'chunk')
+ROWS['half of the tokens (8 bits)'] = _evicting(0.5, 'int8')
+ROWS['a quarter (4 bits)'] = _evicting(
+  0.25, 'int4', 'evict:policy=snapkv,ratio=0.5,inner=int8'
+)
+ROWS['an eighth (2 bits)'] = _evicting(
+  0.125, 'oscar', 'evict:policy=snapkv,ratio=0.5,inner=int4'
+)
+ROWS['reads 256 tokens'] = _sparse(256)
+ROWS['reads 128 tokens'] = _sparse(128)
+ROWS['beyond'] = (
+  'contiguous',
+  'tokenselect:budget=512,sinks=4,local=256,chunk=256',
+  'evict:policy=streaming,budget=1024,reposition=true',
+)
+
+
+def _deciding(shares: str, *more: str) -> tuple[str, ...]:
+  """Don't Waste Bits at these shares of classes, with the controls."""
+  name = f'dont_waste_bits:shares={shares}'
+  return (
+    name,
+    f'{name},variance=false',
+    f'{name},controller=position',
+    *(f'{name},controller=random,seed={seed}' for seed in range(3)),
+    *more,
+  )
+
+
+ROWS['bits by token (5.3 and scales)'] = _deciding(
+  '0.35/0.35/0.2/0.1', 'int4:group_size=32', 'zipcache:bits=8,low_bits=2'
+)
+ROWS['bits by token (2.6 and scales)'] = _deciding(
+  '0.7/0.3/0/0', 'zipcache', 'turboquant:bits=3', 'int2'
+)
+_SETTINGS = ('model', 'data', 'tokens', 'chunk', 'passkey', 'trials')
 
 
 def main(argv: Sequence[str]) -> None:
   """Runs what is missing and writes the page."""
   del argv
+  for name, given, allowed in (
+    ('only', FLAGS.only, ROWS),
+    ('pieces', FLAGS.pieces, PIECES),
+  ):
+    unknown = sorted(set(given) - set(allowed))
+    if unknown:
+      raise ValueError(f'--{name}={unknown}; allowed {sorted(allowed)}.')
   stored = load(FLAGS.store)
   settings = {name: FLAGS[name].value for name in _SETTINGS}
-  if stored.get('settings') != settings:
-    stored = {'settings': settings, 'rows': {}}
-  unknown = sorted(set(FLAGS.only) - set(ROWS))
-  if unknown:
-    raise ValueError(f'--only={unknown}; allowed {sorted(ROWS)}.')
-  missing = [
-    text
-    for group, texts in ROWS.items()
-    for text in texts
-    if (not FLAGS.only or group in FLAGS.only)
-    and (FLAGS.rerun or text not in stored['rows'])
-  ]
-  if missing:
-    run(stored, missing)
-  results.write_text(FLAGS.page, page(stored))
+  if stored and stored['settings'] != settings and not FLAGS.rerun:
+    raise ValueError(
+      f'--store={FLAGS.store} was measured with {stored["settings"]}; asked '
+      f'for are {settings}. Give another --store, or --rerun to replace it.'
+    )
+  if not stored or stored['settings'] != settings:
+    stored = {'settings': settings, 'windows': {}, 'passkey': {}, 'beyond': {}}
+  if any(_missing(stored)):
+    run(stored)
+  results.write_text(FLAGS.page, kv_page.page(stored, ROWS))
 
 
-def run(stored: dict[str, Any], texts: Sequence[str]) -> None:
-  """Measures caches and stores each as it is done."""
+def _missing(stored: dict[str, Any]) -> Iterator[tuple[str, str]]:
+  """Pieces (kind, cache) that are to be run, in order."""
+  window = stored['windows'].get(str(FLAGS.window), {}).get('rows', {})
+  tables = {'nll': window, **stored}
+  for group, texts in ROWS.items():
+    if FLAGS.only and group not in FLAGS.only:
+      continue
+    for kind in FLAGS.pieces:
+      if (group == 'beyond') != (kind == 'beyond'):
+        continue
+      for text in texts:
+        if FLAGS.rerun or text not in tables[kind]:
+          yield kind, text
+
+
+def run(stored: dict[str, Any]) -> None:
+  """Measures what is missing and stores each piece as it is done."""
+  begin = time.monotonic()
   model = models.load(FLAGS.model)
+  stored['run'] = f'JAX {jax.__version__}, {jax.devices()[0].device_kind}'
+  windows: Any = None
+  reference: Any = None
+  done = set()
+  for kind, text in list(_missing(stored)):
+    if (kind, text) in done:
+      continue  # A cache may stand in several groups.
+    if time.monotonic() - begin > 60 * FLAGS.minutes:
+      print('out of time; the same command goes on', flush=True)
+      break
+    done.add((kind, text))
+    start = time.monotonic()
+    config = _config(text, model)
+    if kind == 'nll':
+      if windows is None:
+        windows, reference = _reference(stored, model)
+      row = measure(model, windows, reference, config)
+      stored['windows'][str(FLAGS.window)]['rows'][text] = row
+    elif kind == 'passkey':
+      row = {
+        'unasked': _passkey(model, config, False),
+        'asked': _passkey(model, config, True),
+      }
+      stored['passkey'][text] = row
+    else:
+      row = _beyond(model, config)
+      stored['beyond'][text] = row
+    row['seconds'] = round(time.monotonic() - start, 1)
+    summary = ', '.join(f'{name} {value}' for name, value in row.items())
+    print(f'{kind} {text}: {summary}', flush=True)
+    body = json.dumps(stored, indent=1, ensure_ascii=False)
+    results.write_text(FLAGS.store, body + '\n')
+
+
+def _config(text: str, model: models.Model) -> interface.CacheConfig:
+  """The cache; its label channels are calibrated where they are missing."""
+  if 'CALIBRATED' not in text:
+    return registry.parse(text)
+  if not pathlib.Path(FLAGS.channels).exists():
+    config = pipeline.DataConfig(num_sequences=16, sequence_length=512)
+    tokens = pipeline.calibration_tokens(config, model.tokenizer)
+    found = label_statistics.statistics(
+      models.open_model(FLAGS.model), tokens, stat='qk', batch_size=4
+    )
+    settings = {'model': FLAGS.model, 'stat': 'qk', 'tokens': int(tokens.size)}
+    label_channels.save(FLAGS.channels, found, settings)
+  return registry.parse(text.replace('CALIBRATED', FLAGS.channels))
+
+
+def _reference(
+  stored: dict[str, Any], model: models.Model
+) -> tuple[Any, np.ndarray]:
+  """The windows and what the model makes of them without a cache."""
   windows = evaluation.load_windows(
     model, source=FLAGS.data, window=FLAGS.window, tokens=FLAGS.tokens
   )
   scorer = adapters.scorer(model.module)
   reference = perplexity.token_nll(scorer, model.variables, windows.tokens)
-  stored['float'] = float(np.exp(reference.mean(dtype=np.float64)))
-  stored['run'] = f'JAX {jax.__version__}, {jax.devices()[0].device_kind}'
-  stored['text'] = windows.description
-  stored['imbalance'] = imbalance(model, windows.tokens[:1])
-  print(f'float: {stored["float"]:.3f}', flush=True)
-  for text in texts:
-    stored['rows'][text] = row = measure(model, windows, reference, text)
-    summary = ', '.join(f'{name} {value}' for name, value in row.items())
-    print(f'{text}: {summary}', flush=True)
-    body = json.dumps(stored, indent=1, ensure_ascii=False)
-    results.write_text(FLAGS.store, body + '\n')
+  table = stored['windows'].setdefault(str(FLAGS.window), {'rows': {}})
+  table['float'] = float(np.exp(reference.mean(dtype=np.float64)))
+  table['text'] = windows.description
+  if 'imbalance' not in stored:
+    stored['imbalance'] = imbalance(model, windows.tokens[:1])
+    worst = max(row['largest'] for row in stored['imbalance'])
+    print(f'token norm imbalance: at most {worst}', flush=True)
+  print(f'float: {table["float"]:.3f}', flush=True)
+  return windows, reference
 
 
 def measure(
-  model: models.Model, windows: Any, reference: np.ndarray, text: str
+  model: models.Model,
+  windows: Any,
+  reference: np.ndarray,
+  config: interface.CacheConfig,
 ) -> dict[str, Any]:
-  """What is stored of one cache."""
-  config = registry.parse(text)
+  """Perplexity, bytes and the time of a step of one cache."""
   variables = generation.prepared(model, config)
   scorer = adapters.cached_scorer(model.module, config, FLAGS.chunk)
-  start = time.monotonic()
   nll = perplexity.token_nll(scorer, variables, windows.tokens)
-  seconds = time.monotonic() - start
   ratio = bootstrap.interval(
     lambda a, b: np.exp(b - a),
     reference,
     nll,
     config=bootstrap.BootstrapConfig(),
   )
-  cache = jax.eval_shape(lambda: config.init(_shape(model)))
   row = {
     'nll': round(float(nll.mean(dtype=np.float64)), 5),
     'perplexity': round(float(np.exp(nll.mean(dtype=np.float64))), 3),
     'ratio': [round(x, 4) for x in (ratio.value, ratio.low, ratio.high)],
-    'stored bits': round(interface.stored_bits_per_element(cache), 3),
-    'all bits': round(interface.bits_per_element(cache), 3),
-    'seconds': round(seconds, 1),
+    **_bytes(model, config),
   }
   if FLAGS.steps:
     row['ms'] = round(step_ms(model, variables, config, windows.tokens), 1)
   return row
+
+
+def _bytes(
+  model: models.Model, config: interface.CacheConfig
+) -> dict[str, Any]:
+  """Of the caches of all layers, one row of a window, floats in bfloat16."""
+  caches = jax.eval_shape(
+    lambda: decoder.init_caches(
+      model.config, model.module.runs, 1, FLAGS.window, jnp.bfloat16, config
+    )
+  )
+  leaves = jax.tree.leaves(caches)
+  total = sum(int(np.prod(a.shape)) * a.dtype.itemsize for a in leaves)
+  c = model.config
+  elements = 2 * c.num_layers * FLAGS.window * c.num_kv_heads * c.head_dim
+  stored = sum(
+    interface.stored_bits_per_element(cache) * cache.length.size
+    for cache in caches
+  )
+  return {
+    'stored bits': round(stored / c.num_layers, 3),
+    'all bits': round(8 * total / elements, 3),
+    'bytes': total,
+  }
+
+
+def _beyond(
+  model: models.Model, config: interface.CacheConfig
+) -> dict[str, Any]:
+  """Of one number in the middle of a text that is too long."""
+  return kv_retrieval.retrieval(
+    model, config, FLAGS.beyond, asked=True, depths=(0.5,), trials=1
+  )
+
+
+def _passkey(
+  model: models.Model, config: interface.CacheConfig, asked: bool
+) -> dict[str, Any]:
+  return kv_retrieval.retrieval(
+    model, config, FLAGS.passkey, asked=asked, trials=FLAGS.trials
+  )
 
 
 def imbalance(model: models.Model, tokens: np.ndarray) -> list[dict]:
@@ -227,102 +430,6 @@ def step_ms(
     jax.block_until_ready(logits)
     times.append(1e3 * (time.monotonic() - begin))
   return statistics.median(times[1:])  # The first one compiles.
-
-
-def page(stored: dict[str, Any]) -> str:
-  """docs/kv_cache.md from the stored rows."""
-  settings = stored['settings']
-  quality = (
-    f'{settings["model"]}, {stored.get("text", "")}, float32 activations, '
-    f'read in chunks of {settings["chunk"]} tokens: a token sees its own chunk '
-    'as it is and all before as the cache holds it. Without a cache: '
-    f'{stored.get("float", 0):.2f}. In brackets: paired 95 % bootstrap '
-    'intervals over blocks of 128 tokens, which hold for these articles. '
-    '"Stored" are the bits of a key or value element with scales, norms and '
-    'all else; "all" adds the newest tokens that are kept in full precision, '
-    f'in bfloat16, in a cache of {settings["window"]} tokens. Compare at equal '
-    'bits. Milliseconds are of a decoding step of the plain JAX form behind a '
-    'window, batch 1, on a machine that did other work as well.'
-  )
-  norms = (
-    'Largest / smallest norm of the 32 consecutive keys that share a scale, in '
-    'the first window: of all heads together, and of one head.'
-  )
-  lines = [
-    '# Key/value caches',
-    '',
-    'Made by `python -m benchmarks.kv_quality`; do not edit.',
-    '',
-    '`--kv_cache=NAME` or `--kv_cache=NAME:field=value,field=value` chooses',
-    'the cache of `experiments.generate` and `experiments.evaluate`:',
-    '',
-    *_members(),
-    '',
-  ]
-  if not stored['rows']:
-    return '\n'.join([*lines, 'Quality: not measured yet.', ''])
-  lines += [
-    '## Quality',
-    '',
-    textwrap.fill(quality, 80),
-    '',
-    '| | stored bits | all bits | token perplexity | ratio to float | ms |',
-    '|---|---:|---:|---:|---:|---:|',
-  ]
-  for group, texts in ROWS.items():
-    found = [text for text in texts if text in stored['rows']]
-    if found:
-      lines.append(f'| **{group}** | | | | | |')
-    lines += [_line(text, stored['rows'][text]) for text in found]
-  lines += [
-    '',
-    '## Token norm imbalance',
-    '',
-    textwrap.fill(norms, 80),
-    '',
-    '| layer | median | largest | largest / median norm | one head, median | '
-    'one head, largest |',
-    '|---:|---:|---:|---:|---:|---:|',
-  ]
-  for i, row in enumerate(stored.get('imbalance', [])):
-    lines.append(
-      f'| {i} | ' + ' | '.join(f'{value:.2f}' for value in row.values()) + ' |'
-    )
-  lines += ['', f'- {stored.get("run", "")}', '']
-  return '\n'.join(lines)
-
-
-def _line(text: str, row: dict[str, Any]) -> str:
-  value, low, high = row['ratio']
-  ratio = f'{value:.3f} [{low:.3f}, {high:.3f}]'
-  return (
-    f'| `{text}` | {row["stored bits"]:.2f} | {row["all bits"]:.2f} | '
-    f'{row["perplexity"]:.2f} | {ratio} | {row.get("ms", "")} |'
-  )
-
-
-def _members() -> list[str]:
-  """A table of the caches and their fields."""
-  lines = ['| name | fields and defaults |', '|---|---|']
-  for name, config in registry.CACHES.items():
-    made: Any = config
-    fields = ', '.join(
-      f'`{field.name}={getattr(made, field.name)}`'
-      for field in dataclasses.fields(made)
-    )
-    lines.append(f'| `{name}` | {fields} |')
-  return lines
-
-
-def _shape(model: models.Model) -> interface.CacheShape:
-  config = model.config
-  return interface.CacheShape(
-    batch=1,
-    capacity=FLAGS.window,
-    kv_heads=config.num_kv_heads,
-    head_dim=config.head_dim,
-    dtype=jnp.bfloat16,
-  )
 
 
 def load(path: str) -> dict[str, Any]:

@@ -33,6 +33,7 @@ flags.DEFINE_bool('rerun', False, 'Run rows that are stored already.')
 COMMON = ('--model=smollm2-135m', '--eval_window=2048', '--eval_tokens=8192')
 DATA_FREE = ('--sequences=8',)  # Nothing is learned from them.
 HALF = ('--sequences=32',)  # Ranges settle before Hessians do.
+QUARTER = ('--sequences=16',)  # As many as the methods beside have.
 ASYMMETRIC = ('--nosymmetric', '--noinput_symmetric')
 SETTINGS = {
   'W8A8': ('--scheme=W8A8',),
@@ -64,7 +65,7 @@ OS_PLUS_STATIC = (*OS_PLUS, '--set=os_plus.bmm=')
 OUTLIERTUNE = ('--method=outliertune', '--set=outliertune.symmetrize=never')
 OUTLIERTUNE_GPTQ = '--set=outliertune.weight=gptq'
 OUTLIERTUNE_ALIKE = (*OUTLIERTUNE, '--set=outliertune.bmm=')
-MERGEQUANT = ('--method=mergequant', *CLIP)
+MERGEQUANT = ('--method=mergequant', *CLIP, *HALF)
 MERGEQUANT_PLAIN = (
   *MERGEQUANT,
   '--set=mergequant.clip=none',
@@ -74,6 +75,7 @@ MERGEQUANT_ROTATED = (
   '--method=rotate,mergequant',
   '--set=mergequant.rest=dynamic',
   *CLIP,
+  *HALF,
 )
 LLM_FP4 = (
   '--method=llm_fp4',
@@ -99,7 +101,7 @@ ONE_TERM = (*QUANT_EXPERTS[:2], '--set=quant_experts.num_experts=0')
 LQER = (*ONE_TERM, '--set=quant_experts.gram=diagonal')
 BESIDE_QUANT_EXPERTS = (
   ('RTN', DATA_FREE),
-  ('GPTQ', GPTQ),
+  ('GPTQ', (*GPTQ, *QUARTER)),
   ('AWQ', AWQ),
   ('Quant Experts', QUANT_EXPERTS),
   ('LQER, equal work', (*LQER, '--set=quant_experts.shared_rank=6')),
@@ -130,14 +132,14 @@ ROWS = (
   ('W4A4', 'LLM-FP4, no shifts', (*LLM_FP4, UNSHIFTED)),
   ('W4A4', 'e2m1 by range, static', FP_BY_RANGE),
   ('W4A4', 'rotation + LLM-FP4', ('--method=rotate,llm_fp4', *LLM_FP4[1:])),
-  ('W4A4 static', 'RTN', AVERAGE),
+  ('W4A4 static', 'RTN', (*AVERAGE, *HALF)),
   ('W4A8', 'RTN', DATA_FREE),
   ('W4A8', 'LLM-FP4', LLM_FP4),
   ('W8A8', 'LLM-FP4', LLM_FP4),
   ('W8A8', 'OutlierTune', OUTLIERTUNE_ALIKE),
   ('W8A8', 'OutlierTune, q k v too', OUTLIERTUNE),
   ('W2', 'RTN', DATA_FREE),
-  ('W2', 'GPTQ', GPTQ),
+  ('W2', 'GPTQ', (*GPTQ, *QUARTER)),
   ('W1', 'PTQ1.61', (*PTQ161, '--set=ptq161.epochs=5')),
   ('W1', 'PTQ1.61, nothing learned', PTQ161_MEANS),
   (
@@ -181,8 +183,8 @@ ROWS = (
     (setting, name, extra)
     for setting in ('W4g64A6', 'W4g64A8')
     for name, extra in (
-      ('SmoothQuant', ('--method=smoothquant',)),
-      ('rotation + GPTQ', ROTATE_GPTQ[:2]),
+      ('SmoothQuant', ('--method=smoothquant', *QUARTER)),
+      ('rotation + GPTQ', (*ROTATE_GPTQ[:2], *QUARTER)),
       (
         'SmoothQuant + Quant Experts',
         (
@@ -250,8 +252,9 @@ def page(stored: dict[str, dict]) -> str:
     'hold for these articles.\n\n'
     f'{table}\n'
     'Calibration: 64 sequences of 512 tokens of the calibration articles, 32 '
-    'at W6A6,\n16 for AWQ, PTQ1.61 and Quant Experts; RTN and rotation alone '
-    'learn nothing from\ndata. The flags of every row are below.\n\n'
+    'at W6A6 and\nfor MergeQuant, 16 for AWQ, PTQ1.61, Quant Experts and what '
+    'stands beside them;\nRTN and rotation alone learn nothing from data. The '
+    'flags of every row are below.\n\n'
     f'{cost_table(stored, found)}\n'
     + ''.join(f'- {run}\n' for run in runs)
     + f'\n| row | flags |\n|---|---|\n{commands}\n'

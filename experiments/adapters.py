@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from jaxq.decode import autoregressive
 from jaxq.eval import perplexity
-from jaxq.kvcache import interface
+from jaxq.kvcache import bit_controller, dont_waste_bits, interface
 from models import decoder
 
 
@@ -91,7 +91,18 @@ def language_model(
 
 
 def _hidden(module, variables, tokens, positions=None, caches=None):
-  return module.apply(variables, tokens, positions, caches, method='hidden')
+  x, caches = module.apply(
+    variables, tokens, positions, caches, method='hidden'
+  )
+  if getattr(caches and caches[-1], 'aside', None) is not None:
+
+    def said(x):
+      return bit_controller.of_logits(_logits(module, variables, x))
+
+    caches = dont_waste_bits.decide(
+      caches, tokens, *perplexity.in_chunks(said, perplexity.CHUNK, x)
+    )
+  return x, caches
 
 
 def _logits(module, variables, x):

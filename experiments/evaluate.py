@@ -11,9 +11,13 @@ With --kv_cache=oscar:bits=2 the model reads a window in chunks of --kv_chunk
 tokens: a token sees its own chunk as it is and earlier ones as the cache holds
 them, which for caches that compress blocks of so many tokens is what they do
 when a text is generated. The reference reads without a cache.
+
+Of a folder that experiments.train made it prints what MosaicQA questions are
+answered, with all visual tokens and with each --token_reducer.
 """
 
 import dataclasses
+import pathlib
 import sys
 import time
 from collections.abc import Sequence
@@ -26,12 +30,17 @@ from absl import flags
 import models
 from experiments import (
   cli,
+  encoder_reduction,
   evaluation,
   families,
   passkey,
   plan_job,
   planning,
   results,
+  token_pictures,
+  token_reduction,
+  training,
+  training_files,
 )
 from jaxq.calibrate import plan
 from jaxq.eval import bootstrap
@@ -102,6 +111,16 @@ _KV_CHUNK = flags.DEFINE_integer(
   'Tokens of a window that are read at a time with --kv_cache.',
   lower_bound=1,
 )
+_TOKEN_REDUCER = flags.DEFINE_multi_string(
+  'token_reducer',
+  [],
+  'What keeps or merges tokens: of a MosaicQA model the visual ones, as in '
+  'tome:budget=0.25 (pictures of it go beside --output), of vit-s14 and '
+  'whisper-base those inside the encoder, as in tome:r=13.',
+)
+_VIDEOS = flags.DEFINE_integer(
+  'videos', 128, 'Test videos to measure a MosaicQA model on.', lower_bound=1
+)
 _OUTPUT = flags.DEFINE_string('output', None, 'JSON file for the results.')
 
 
@@ -112,8 +131,12 @@ def main(argv: Sequence[str]) -> int | None:
     return planning.run(_planned(), 'experiments.evaluate')
   config = bootstrap.BootstrapConfig(block=_BLOCK.value, seed=_SEED.value)
   kv_cache = registry.parse(_KV_CACHE.value) if _KV_CACHE.value else None
+  if training_files.is_complete(_MODEL.value):
+    _evaluate_mosaic(kv_cache)
+    return None
   mesh = mesh_lib.choose(_MESH.value)
   model = models.load(_MODEL.value, _DTYPE.value, mesh)
+  model = encoder_reduction.apply(model, *_TOKEN_REDUCER.value)
   reference = None
   if _REFERENCE.value is not None:
     reference = models.load(_REFERENCE.value, _DTYPE.value, mesh)
@@ -145,6 +168,27 @@ def main(argv: Sequence[str]) -> int | None:
     results.save(_OUTPUT.value, results.Result(run=run, rows=rows))
     print(f'results: {_OUTPUT.value}')
   return None
+
+
+def _evaluate_mosaic(kv_cache: Any) -> None:
+  """The rows of a MosaicQA model, with all tokens and with each reducer."""
+  trained = training.load(_MODEL.value)
+  rows = token_reduction.compare(
+    trained, _TOKEN_REDUCER.value, _VIDEOS.value, kv_cache
+  )
+  results.print_table(rows)
+  if _OUTPUT.value is None or jax.process_index() != 0:
+    return
+  run = results.run_info(cli.resolved_flags())
+  results.save(_OUTPUT.value, results.Result(run=run, rows=rows))
+  for text in _TOKEN_REDUCER.value:
+    method = token_reduction.parse(text, trained.model)
+    token_pictures.save(
+      pathlib.Path(_OUTPUT.value).parent,
+      text,
+      token_reduction.picture(trained, method),
+    )
+  print(f'results: {_OUTPUT.value}')
 
 
 def _planned() -> plan_job.Job:
@@ -189,6 +233,8 @@ def _with_bits(row, model, kv_cache) -> results.Row:
         head_dim=config.head_dim,
         dtype=jnp.dtype(model.module.dtype),
         window=config.window if all(config.sliding or [False]) else None,
+        heads=config.num_heads,
+        rope=config.rope(config.kind(0)),
       )
     )
   )

@@ -5,7 +5,8 @@ r"""Continues a prompt with a language model.
 
 The text is streamed to stdout as it comes; speed goes to stderr. Special
 tokens in the prompt are understood, so a chat model's turns can be written
-out: $'<|im_start|>user\nHello!<|im_end|>\n<|im_start|>assistant\n'.
+out: $'<|im_start|>user\nHello!<|im_end|>\n<|im_start|>assistant\n'. A MosaicQA
+model (experiments.train) is asked about a test video: --prompt='presence d3'.
 """
 
 import sys
@@ -15,7 +16,15 @@ from typing import Any
 from absl import flags
 
 import models
-from experiments import cli, generation, plan_job, planning
+from experiments import (
+  cli,
+  generation,
+  mosaic_dialogue,
+  plan_job,
+  planning,
+  training,
+  training_files,
+)
 from jaxq.calibrate import plan
 from jaxq.decode import sampling as sampling_lib
 from jaxq.kvcache import registry
@@ -57,6 +66,15 @@ _KV_CACHE = flags.DEFINE_string(
   'What keys and values are kept in, as in oscar:bits=2 or ring:window=512; '
   'docs/kv_cache.md lists them. Default: as they are.',
 )
+_TOKEN_REDUCER = flags.DEFINE_string(
+  'token_reducer',
+  None,
+  'Of a MosaicQA model: what keeps or merges visual tokens, as in '
+  'tome:budget=0.25.',
+)
+_VIDEO = flags.DEFINE_integer(
+  'video', 0, 'Test video that a MosaicQA model is asked about.', lower_bound=0
+)
 _PREFILL_CHUNK = flags.DEFINE_integer(
   'prefill_chunk',
   None,
@@ -79,6 +97,18 @@ def main(argv: Sequence[str]) -> int | None:
   kv_cache = registry.parse(_KV_CACHE.value) if _KV_CACHE.value else None
   if planning.asked():
     return planning.run(_planned(kv_cache), 'experiments.generate')
+  if training_files.is_complete(_MODEL.value) or _TOKEN_REDUCER.value:
+    trained = training.load(_MODEL.value)
+    said = mosaic_dialogue.say(
+      trained,
+      _TOKEN_REDUCER.value,
+      _PROMPT.value,
+      _VIDEO.value,
+      _MAX_NEW_TOKENS.value,
+      kv_cache,
+    )
+    print(said, flush=True)
+    return None
   mesh = mesh_lib.choose(_MESH.value, batch_size=1)
   model = models.load(_MODEL.value, dtype=_DTYPE.value, mesh=mesh)
   how: dict[str, Any] = {

@@ -76,6 +76,9 @@ def scheme(run: run_folder.RunData) -> str:
 def title(run: run_folder.RunData) -> str:
   """'smollm2-135m, W4A16 g64 by GPTQ'."""
   model = run_folder.flag(run, 'model', '').rstrip('/').rsplit('/', 1)[-1]
+  reducers = run_folder.flag(run, 'token_reducer')
+  if reducers:
+    return f'{model or run.path.name}, visual tokens by {reducers}'
   return f'{model or run.path.name}, {scheme(run)} by {method(run)}'
 
 
@@ -264,6 +267,14 @@ def summary(
       f'The weakest block is {block["index"]}, whose output SQNR is '
       f'{block["output_sqnr_db"]:.1f} dB'
     )
+  if run_folder.flag(run, 'token_reducer') and reference and row:
+    was, now = metric(reference, 'accuracy'), metric(row, 'accuracy')
+    kept = metric(row, 'tokens')
+    if was and now and kept:
+      said.append(
+        f'With {kept.value:.0f} visual tokens {now.value:.1%} of the questions '
+        f'are answered, {was.value:.1%} with all of them'
+      )
   return '. '.join(said) + '.' if said else 'Nothing was quantized yet.'
 
 

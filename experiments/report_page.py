@@ -19,6 +19,7 @@ from experiments import (
   report_style,
   results,
   run_folder,
+  token_pictures,
 )
 
 _METRICS = {  # Tiles: name -> what it is called there.
@@ -49,6 +50,7 @@ def render(
     report_layers.weights(run),
     report_layers.channels(run),
     report_layers.sensitivity(run),
+    token_pictures.section(run.path),
     _cost(run),
     _flags(run),
     _environment(run),

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from absl import flags
 
 import models
-from experiments import cli, transcription
+from experiments import cli, encoder_reduction, transcription
 from jaxq.data import audio
 from jaxq.eval import wer
 
@@ -39,6 +39,11 @@ _MAX_NEW_TOKENS = flags.DEFINE_integer(
   'Tokens per 30 s at most.',
   lower_bound=1,
 )
+_TOKEN_REDUCER = flags.DEFINE_string(
+  'token_reducer',
+  '',
+  'What drops or merges frames inside the encoder, as in tome:r=40.',
+)
 _DTYPE = flags.DEFINE_enum(
   'dtype', 'float32', ['float32', 'bfloat16'], 'Of weights and activations.'
 )
@@ -49,6 +54,8 @@ def main(argv: Sequence[str]) -> None:
   del argv
   samples = audio.read_wav(_AUDIO.value)
   model = models.load(_SOURCE.value, dtype=_DTYPE.value)
+  if _TOKEN_REDUCER.value:
+    model = encoder_reduction.apply(model, _TOKEN_REDUCER.value)
   start = time.monotonic()
   (text,) = transcription.transcribe(
     model,

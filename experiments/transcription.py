@@ -148,8 +148,7 @@ def speech_model(module: whisper.Whisper) -> autoregressive.LanguageModel:
 def _listen(module, variables, samples):
   """Samples (B, N) of windows -> the cross-attention's keys and values."""
   features = audio.log_mel(samples, module.config.mels)
-  encoded = module.apply(variables, features, method='encode')
-  return module.apply(variables, encoded, method='cross_caches')
+  return module.apply(variables, features, method='listen')
 
 
 def _generate(model, samples, prompt, max_new_tokens) -> list[list[int]]:

@@ -187,6 +187,17 @@ class Decoder(nn.Module):
       out.append(interface.append(cache, update, counts))
     return x, tuple(out)
 
+  def run(
+    self,
+    i: int,
+    x: jax.Array,
+    positions: jax.Array,
+    cache: Any = None,
+  ) -> tuple[jax.Array, Any]:
+    """Run i of the blocks: its input (B, T, C) -> its output, its update."""
+    out: tuple[jax.Array, Any] = self.blocks[i](x, positions, cache)
+    return out
+
   def embed_tokens(
     self, tokens: jax.Array, positions: jax.Array | None = None
   ) -> jax.Array:
@@ -326,7 +337,7 @@ def init_caches(
   """Empty caches, one stacked (layers first) per run; None: contiguous."""
   kv_cache = contiguous.ContiguousConfig() if kv_cache is None else kv_cache
 
-  def stacked(length, kind):
+  def stacked(start, length, kind):
     shape = interface.CacheShape(
       batch=batch,
       capacity=capacity,
@@ -334,13 +345,20 @@ def init_caches(
       head_dim=config.head_dim,
       dtype=dtype,
       window=config.window if kind.sliding else None,
+      heads=config.num_heads,
+      rope=config.rope(kind),
     )
     cache = kv_cache.init(shape)
-    return jax.tree.map(lambda a: jnp.stack([a] * length), cache)
+    cache = jax.tree.map(lambda a: jnp.stack([a] * length), cache)
+    # A cache that is not the same in all layers says what differs.
+    of_layers = getattr(cache, 'of_layers', None)
+    return of_layers(range(start, start + length)) if of_layers else cache
 
-  return tuple(
-    stacked(length, kind) for length, kind in _kinds_of(config, runs)
-  )
+  start, out = 0, []
+  for length, kind in _kinds_of(config, runs):
+    out.append(stacked(start, length, kind))
+    start += length
+  return tuple(out)
 
 
 def stack(

@@ -25,7 +25,7 @@ import numpy as np
 from flax import linen as nn
 
 from jaxq.nn import bidirectional, blocks, embed, linear, norms
-from models import family
+from models import encoder_reduction, family
 
 Params = Mapping[str, Any]
 _CUBIC = -0.75  # The free parameter of the bicubic kernel.
@@ -112,7 +112,21 @@ class Block(nn.Module):
   def __call__(self, x: jax.Array) -> tuple[jax.Array, None]:
     """(B, T, C) -> (B, T, C), None."""
     x = x + self.attention_scale(self.attention(self.input_norm(x)))
-    return x + self.mlp_scale(self.mlp(self.post_norm(x))), None
+    return self.feed(x), None
+
+  def attend(
+    self, x: jax.Array, bias: jax.Array | None = None
+  ) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """(B, T, C) -> that behind the attention, and its q and k (B, T, H, D).
+
+    bias: (B, T) float32 that is added to the scores of each key; None: 0.
+    """
+    out, q, k = self.attention.with_heads(self.input_norm(x), bias=bias)
+    return x + self.attention_scale(out), q, k
+
+  def feed(self, x: jax.Array) -> jax.Array:
+    """What is behind the attention (B, T, C) -> what is behind the MLP."""
+    return x + self.mlp_scale(self.mlp(self.post_norm(x)))
 
   def attention_output(self, x: jax.Array) -> jax.Array:
     """The attention's output from its normalised input (B, T, C)."""
@@ -132,15 +146,19 @@ class Vit(nn.Module):
       is one run.
     dtype: of the activations; features are always float32.
     implementation: matmul of the linears; None picks.
+    token_reducer: drops or merges patches from layer to layer
+      (models.encoder_reduction); None: all stay.
   """
 
   config: VitConfig
   runs: tuple[int, ...] = ()
   dtype: Any = jnp.float32
   implementation: str | None = None
+  token_reducer: Any = None
 
   def setup(self):
     c = self.config
+    encoder_reduction.check(self.token_reducer)
     self.patches = linear.QuantDense(c.hidden_size, use_bias=True)
     self.class_token = embed.Embed(1, c.hidden_size)
     self.positions = embed.Embed(1 + c.grid**2, c.hidden_size)
@@ -160,11 +178,27 @@ class Vit(nn.Module):
     return self.hidden(images)[:, 0].astype(jnp.float32)
 
   def hidden(self, images: jax.Array) -> jax.Array:
-    """images -> features (B, 1 + patches, C), the class token first."""
+    """images -> features (B, 1 + patches, C), the class token first.
+
+    With a token reducer there are fewer patches.
+    """
     x = self.embed_images(images)
-    for run in self.blocks:
-      x, _ = run(x)
-    return self.final_norm(x)
+    if self.token_reducer is None or self.is_initializing():
+      for run in self.blocks:
+        x, _ = run(x)
+      return self.final_norm(x)
+    return self.final_norm(self.reduced(x).x)
+
+  def reduced(self, x: jax.Array) -> encoder_reduction.Encoded:
+    """The first block's input -> the last one's output, fewer tokens."""
+    c = self.config
+    layers = encoder_reduction.layers_of(
+      self.blocks, self.runs or (c.num_layers,)
+    )
+    block = Block(c, self.implementation, parent=None)
+    return encoder_reduction.run(
+      block, layers, x, self.token_reducer, special=1
+    )
 
   def embed_images(self, images: jax.Array) -> jax.Array:
     """images (B, height, width, 3) -> the first block's input (B, T, C).

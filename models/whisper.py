@@ -29,7 +29,7 @@ from jax.sharding import PartitionSpec
 from jaxq.kvcache import contiguous
 from jaxq.nn import embed, norms
 from jaxq.parallel import mesh as mesh_lib
-from models import family, whisper_blocks
+from models import encoder_reduction, family, whisper_blocks
 
 Params = Mapping[str, Any]
 Caches = tuple[contiguous.ContiguousCache, ...]
@@ -45,15 +45,19 @@ class Whisper(nn.Module):
       first; () is one run for each half.
     dtype: of the activations; logits are always float32.
     implementation: matmul of the linears; None picks.
+    token_reducer: drops or merges frames of the audio from layer to layer of
+      the encoder (models.encoder_reduction); None: all stay.
   """
 
   config: whisper_blocks.WhisperConfig
   runs: tuple[int, ...] = ()
   dtype: Any = jnp.float32
   implementation: str | None = None
+  token_reducer: Any = None
 
   def setup(self):
     c = self.config
+    encoder_reduction.check(self.token_reducer)
     C = c.hidden_size
     self.conv1 = nn.Conv(C, (3,), padding=1)
     self.conv2 = nn.Conv(C, (3,), strides=2, padding=1)
@@ -83,7 +87,10 @@ class Whisper(nn.Module):
       axes = (0, nn.broadcast, 0)  # Of encoded, positions and cache.
       made = nn.scan(
         whisper_blocks.DecoderBlock,
-        methods={'__call__': {**scan, 'in_axes': axes}, 'cross_keys': scan},
+        methods={
+          '__call__': {**scan, 'in_axes': axes},
+          'cross_keys': {**scan, 'in_axes': nn.broadcast},
+        },
       )
     return made(self.config, self.implementation)
 
@@ -91,16 +98,42 @@ class Whisper(nn.Module):
     self, features: jax.Array, tokens: jax.Array
   ) -> tuple[jax.Array, None]:
     """features (B, 2 S, mels), tokens (B, T) -> logits (B, T, V) float32."""
-    cross = self.cross_caches(self.encode(features))
+    cross = self.listen(features)
     x, _ = self.hidden(tokens, None, None, cross)
     return self.logits(x), None
 
   def encode(self, features: jax.Array) -> jax.Array:
-    """Log-mel features (B, 2 S, mels) -> encoded audio (B, S, C)."""
+    """Log-mel features (B, 2 S, mels) -> encoded audio (B, S, C).
+
+    With a token reducer S is smaller.
+    """
+    return self.encode_sized(features)[0]
+
+  def encode_sized(
+    self, features: jax.Array
+  ) -> tuple[jax.Array, jax.Array | None]:
+    """Like `encode`; also the log of each frame's size (B, S), or None.
+
+    Attention is to add it to the scores of that frame.
+    """
     x = self.embed_audio(features)
-    for run in self._half(0):
-      x, _ = run(x)
-    return self.encoder_norm(x)
+    if self.token_reducer is None or self.is_initializing():
+      for run in self._half(0):
+        x, _ = run(x)
+      return self.encoder_norm(x), None
+    c = self.config
+    encoded = encoder_reduction.run(
+      whisper_blocks.EncoderBlock(c, self.implementation, parent=None),
+      encoder_reduction.layers_of(self._half(0), runs_of(c, self.runs)[0]),
+      x,
+      self.token_reducer,
+    )
+    bias = jnp.log(encoded.size) if self.token_reducer.proportional else None
+    return self.encoder_norm(encoded.x), bias
+
+  def listen(self, features: jax.Array) -> CrossCaches:
+    """Log-mel features (B, 2 S, mels) -> what the decoder attends to."""
+    return self.cross_caches(*self.encode_sized(features))
 
   def embed_audio(self, features: jax.Array) -> jax.Array:
     """Log-mel features (B, 2 S, mels) -> the first block's input (B, S, C)."""
@@ -115,9 +148,14 @@ class Whisper(nn.Module):
     """The last encoder block's output -> encoded audio (B, S, C)."""
     return self.encoder_norm(x)
 
-  def cross_caches(self, encoded: jax.Array) -> CrossCaches:
-    """Keys and values of the encoded audio, one stacked cache per run."""
-    return tuple(run.cross_keys(encoded)[1] for run in self._half(1))
+  def cross_caches(
+    self, encoded: jax.Array, bias: jax.Array | None = None
+  ) -> CrossCaches:
+    """Keys and values of the encoded audio, one stacked cache per run.
+
+    bias: (B, S) float32 that is added to the scores of each frame; None: 0.
+    """
+    return tuple(run.cross_keys(encoded, bias)[1] for run in self._half(1))
 
   def hidden(
     self,

@@ -126,10 +126,14 @@ class WhisperConfig:
 
 @flax.struct.dataclass
 class CrossCache:
-  """k, v: (B, S, H, D) of the encoded audio, computed once per clip."""
+  """k, v: (B, S, H, D) of the encoded audio, computed once per clip.
+
+  bias: (B, S) float32 that is added to the scores of each key; None: 0.
+  """
 
   k: jax.Array
   v: jax.Array
+  bias: jax.Array | None = None
 
 
 class Attention(nn.Module):
@@ -169,8 +173,14 @@ class Attention(nn.Module):
       source: from `keys`.
       mask: (B, T) bool, False where x is padding.
     """
+    return self.with_queries(x, source, mask)[0]
+
+  def with_queries(
+    self, x: jax.Array, source: CrossCache, mask: jax.Array | None = None
+  ) -> tuple[jax.Array, jax.Array]:
+    """Like a call; also the queries (B, T, H, D)."""
     q = self._heads(self.q_proj(bidirectional.keep(x, mask)))
-    return self._out(attend(q, source), mask)
+    return self._out(attend(q, source), mask), q
 
   def causal(
     self,
@@ -216,6 +226,8 @@ def attend(q: jax.Array, source: CrossCache) -> jax.Array:
       k,
       preferred_element_type=jnp.float32,
     )
+    if source.bias is not None:
+      scores += source.bias[:, None, None]
     weights = jnp.exp(scores - jnp.max(scores, axis=-1, keepdims=True))
     total = jnp.sum(weights, axis=-1, keepdims=True)
     out = jnp.einsum(
@@ -245,7 +257,23 @@ class EncoderBlock(nn.Module):
   def __call__(self, x: jax.Array) -> tuple[jax.Array, None]:
     """(B, S, C) -> (B, S, C), None."""
     x = x + self.attention_output(self.input_norm(x))
-    return x + self.mlp(self.post_norm(x)), None
+    return self.feed(x), None
+
+  def attend(
+    self, x: jax.Array, bias: jax.Array | None = None
+  ) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """(B, S, C) -> that behind the attention, and its q and k (B, S, H, D).
+
+    bias: (B, S) float32 that is added to the scores of each key; None: 0.
+    """
+    normed = self.input_norm(x)
+    source = dataclasses.replace(self.attention.keys(normed), bias=bias)
+    out, q = self.attention.with_queries(normed, source)
+    return x + out, q, source.k
+
+  def feed(self, x: jax.Array) -> jax.Array:
+    """What is behind the attention (B, S, C) -> what is behind the MLP."""
+    return x + self.mlp(self.post_norm(x))
 
   def attention_output(self, x: jax.Array) -> jax.Array:
     """The attention's output from its normalised input (B, S, C)."""
@@ -300,9 +328,12 @@ class DecoderBlock(nn.Module):
     x = x + self.cross(self.cross_norm(x), encoded, mask)
     return x + self.mlp(self.post_norm(x), mask), cache
 
-  def cross_keys(self, encoded: jax.Array) -> tuple[jax.Array, CrossCache]:
-    """encoded (B, S, C) -> itself, and its keys and values here."""
-    return encoded, self.cross.keys(encoded)
+  def cross_keys(
+    self, encoded: jax.Array, bias: jax.Array | None = None
+  ) -> tuple[jax.Array, CrossCache]:
+    """encoded (B, S, C), bias (B, S) -> encoded, its keys and values here."""
+    keys = self.cross.keys(encoded)
+    return encoded, dataclasses.replace(keys, bias=bias)
 
   def attention_output(self, x: jax.Array) -> jax.Array:
     """The self-attention's output from its normalised input (B, T, C)."""

@@ -10,7 +10,11 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental.pallas import mosaic_gpu as _mosaic_gpu
 from jax.experimental.pallas import tpu as pltpu
+
+# Every version types it otherwise; kernels that use it ask for JAX 0.11 first.
+mosaic_gpu: Any = _mosaic_gpu
 
 
 def interpret_mode(interpret: bool) -> Any:

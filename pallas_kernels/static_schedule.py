@@ -32,8 +32,15 @@ import tempfile
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from pallas_kernels import schedule_dump, targets
+from pallas_kernels import (
+  attention_schedule,
+  schedule_dump,
+  targets,
+  token_schedule,
+)
 
+# Cases that count their own bytes and multiply-adds.
+OwnCase = attention_schedule.Case | token_schedule.Case
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 DATA = pathlib.Path(__file__).with_name('static_schedule.json')
 PAGE = ROOT / 'docs' / 'tpu_static_schedule.md'
@@ -71,9 +78,14 @@ listed; `pallas_kernels/static_schedule.json` has all.
   same of the vector unit.
 - `bound`: what outlasts the others. `floor_to_roofline`:
   max(bundles, byte_cycles, mxu_cycles) / max(mxu_cycles, byte_cycles).
-- Names: `w4g128z/m16`: weights of 4 bits in groups of 128 with zero points, 16
+- Of decode attention a step is a page of `tokens`, 8 key heads of 128, and
+  `bundles` has what starts and ends a row in it; `inner` is a page of many.
+- Names: `kv2g32/q4`: a cache of 2 bits with a scale per channel of 32 tokens,
+  values in groups of 32 channels and norms, 4 queries a head; without `g` a
+  scale per token and head; `kv16` is bfloat16. `w4g128z/m16`: weights of
+  4 bits in groups of 128 with zero points, 16
   rows of bfloat16; `w4a8`, `w8f8`: x in int8 or fp8 codes, with `+` quantized
-  inside.
+  inside; `nearest_center/d512t1`: width 512, one rank, and so on.
 """
 
 
@@ -111,11 +123,13 @@ class Case:
     return f'{self.chip}/w{self.bits}{x}{group}{zero}{dynamic}/m{self.M}'
 
 
-def step_bytes(case: Case) -> int:
+def step_bytes(case: Case | OwnCase) -> int:
   """Bytes that a step moves: weight, scales; x and y where it ends with K.
 
   A step of the compiled program is a whole column block: K is one block.
   """
+  if isinstance(case, OwnCase):
+    return case.nbytes
   block = dict(case.block)
   bk, bn = block['bk'], block['bn']
   groups = bk // case.group_size if case.group_size > 0 else 1
@@ -123,18 +137,24 @@ def step_bytes(case: Case) -> int:
   return weight + groups * bn * (4 + (not case.symmetric)) + 2 * case.M * bn
 
 
-def step_macs(case: Case) -> int:
+def step_macs(case: Case | OwnCase) -> int:
   """Multiply-adds of a step."""
+  if isinstance(case, OwnCase):
+    return case.macs
   block = dict(case.block)
   return case.M * block['bk'] * block['bn']
 
 
-def unit_of(case: Case) -> str:
+def unit_of(case: Case | OwnCase) -> str:
   """Which unit of targets.Target.macs multiplies."""
+  if isinstance(case, OwnCase):
+    return 'bf16'
   return {'bf16': 'bf16', 'int8': 'int8'}.get(case.x_format, 'fp8')
 
 
-def row_of(case: Case, counts: schedule_dump.Counts) -> dict[str, Any]:
+def row_of(
+  case: Case | OwnCase, counts: schedule_dump.Counts
+) -> dict[str, Any]:
   """One row of the table, as JSON."""
   target = targets.get(case.chip)
   cycles = step_bytes(case) / target.bandwidth * target.clock
@@ -165,7 +185,9 @@ def _bound(bundles, byte_cycles, mxu_cycles):
   return 'mxu' if mxu_cycles >= bundles else 'bundles'
 
 
-def compile_cases(cases: Sequence[Case]) -> list[dict[str, Any]]:
+def compile_cases(
+  cases: Sequence[Case | OwnCase],
+) -> list[dict[str, Any]]:
   """Rows of the cases, {'case', 'block', 'error'} where one does not compile.
 
   One process compiles them all; where a case ends it, a new one goes on.
@@ -237,7 +259,7 @@ def best(rows: Iterable[dict[str, Any]]) -> dict[str, dict[str, Any]]:
 
 def _rank(row):
   block = row['block']
-  weights = block['bk'] * block['bn']
+  weights = block.get('tokens', 1) * block.get('bk', 1) * block.get('bn', 1)
   floor = max(row['bundles'], row['byte_cycles'], row['mxu_cycles'])
   return row['spills'] > 0, floor / weights, row['bundles'] / weights
 
@@ -279,7 +301,7 @@ def _line(cells):
   return '| ' + ' | '.join(str(cell) for cell in cells) + ' |'
 
 
-def candidates(only: str = '') -> list[Case]:
+def candidates(only: str = '') -> list[Case | OwnCase]:
   """All cases whose name contains `only`: what the search tries."""
   return [case for case in _cases() if only in case.name]
 
@@ -308,6 +330,8 @@ def _cases():
             block=tuple(sorted(block.items())),
           )
     yield from _quantized_cases(chip)
+    yield from token_schedule.cases(chip)
+    yield from attention_schedule.cases(chip)
 
 
 def _weight_only_blocks(chip, bits, group_size):

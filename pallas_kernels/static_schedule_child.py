@@ -22,7 +22,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import ahead_of_time, schedule_dump
+from pallas_kernels import (
+  ahead_of_time,
+  attention_schedule,
+  schedule_dump,
+  token_schedule,
+)
 from pallas_kernels.quantized_matmul import api as quantized
 from pallas_kernels.quantized_matmul import pallas_mosaic_tpu as quantized_tpu
 from pallas_kernels.weight_only_matmul import api as weight_only
@@ -53,6 +58,12 @@ def main() -> None:
 
 def compile_case(case: dict[str, Any]) -> None:
   """Compiles the kernel of a case; the dumps are what is left."""
+  if case['op'] == attention_schedule.OP:
+    attention_schedule.compile_case(case)
+    return
+  if case['op'] in token_schedule.OPS:
+    token_schedule.compile_case(case)
+    return
   fields, M = dict(case['block']), case['M']
   bits, group_size = case['bits'], case['group_size']
   K, N = fields['bk'], _COLUMN_BLOCKS * fields['bn']

@@ -102,7 +102,13 @@ def chip_of_kind(kind: str) -> str:
   return _KINDS.get(kind, '')
 
 
+def gpu_of_kind(kind: str) -> str:
+  """'h100' or 'h200' by the jax.Device.device_kind of a GPU; '' for others."""
+  return next((n for n in ('h100', 'h200') if n in kind.lower()), '')
+
+
 def current() -> str:
-  """The chip of the first device, or its platform where it has no row here."""
+  """The chip of the first device, or its platform where it has no name here."""
   device = jax.devices()[0]
-  return chip_of_kind(device.device_kind) or device.platform
+  kind = device.device_kind
+  return chip_of_kind(kind) or gpu_of_kind(kind) or device.platform

@@ -2,13 +2,16 @@
 
 A weight of the kernels is `qvalue`, `scale` and maybe `zero_point`, plain
 arrays as jaxq.numerics.qarray stores them: W = (code - zero_point) * scale,
-with one scale per column or per `group_size` rows of a column.
+with one scale per column or per `group_size` rows of a column. `qvalue` may
+also be packed for Hopper (hopper.py); it then stands for what was packed.
 """
+
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import planar
+from pallas_kernels import hopper, planar
 
 SCALE_DTYPES = ('bfloat16', 'float16', 'float32')
 FP8 = ('float8_e4m3fn', 'float8_e5m2')
@@ -29,7 +32,7 @@ def check(
   Args:
     op: the operation's name, for messages.
     x: left side; its last axis is K.
-    qvalue: codes; packed planar below 8 bits.
+    qvalue: codes; packed planar below 8 bits, or for Hopper.
     scale: (1, N), or (K / group_size, N).
     zero_point: uint8 as scale, or None.
     bits: 1, 2, 4 or 8.
@@ -51,7 +54,10 @@ def check(
       'widths and multiply.'
     )
   K = x.shape[-1]
-  if qvalue.ndim != 2:
+  stored: Any = qvalue
+  if hopper.is_packed(qvalue):
+    stored = hopper.stored(qvalue, bits, zero_point is None)
+  elif qvalue.ndim != 2:
     raise ValueError(
       f'{op}: qvalue has shape {qvalue.shape}; it must be (rows, N). Use '
       'jax.vmap over stacked weights.'
@@ -63,9 +69,16 @@ def check(
     )
   signed = zero_point is None and bits > 1
   layout = planar.Planar(bits=bits, K=K, group_size=group_size, signed=signed)
-  _check_qvalue(op, qvalue, layout)
-  _check_scale(op, scale, zero_point, layout, qvalue.shape[-1])
+  _check_qvalue(op, stored, layout)
+  _check_scale(op, scale, zero_point, layout, stored.shape[-1])
   return layout
+
+
+def codes(qvalue: jax.Array, layout: planar.Planar) -> jax.Array:
+  """(K, N) codes of a weight as stored, or packed for Hopper."""
+  if qvalue.ndim == 2:
+    return planar.unpack(qvalue, layout)
+  return hopper.codes_of(qvalue, layout)
 
 
 def dequantize(
@@ -75,10 +88,10 @@ def dequantize(
   layout: planar.Planar,
 ) -> jax.Array:
   """(K, N) float32: (code - zero_point) * scale."""
-  codes = planar.unpack(qvalue, layout).astype(jnp.float32)
+  w = codes(qvalue, layout).astype(jnp.float32)
   if zero_point is not None:
-    codes = codes - _rows(zero_point.astype(jnp.float32), layout)
-  return codes * _rows(scale.astype(jnp.float32), layout)
+    w = w - _rows(zero_point.astype(jnp.float32), layout)
+  return w * _rows(scale.astype(jnp.float32), layout)
 
 
 def _rows(param, layout):

@@ -300,6 +300,37 @@ PACKAGES: dict[str, Package] = {
       ),
     ),
   ),
+  'digits': Package(
+    title='1,797 handwritten digits of 8 x 8 pixels, CSV (UCI, scikit-learn)',
+    license='BSD-3-Clause; digits: CC BY 4.0 (UCI, Alpaydin and Kaynak)',
+    file='digits.csv.gz',
+    wheels=(
+      Wheel(
+        project='scikit-learn',
+        version='1.9.1',
+        nbytes=9315422,
+        sha256=(
+          '52a0703bbc07ad27f560fa63fa68e4c54dd735bfbbf65b4dd3c225dc7547b6df'
+        ),
+        pip_args=(
+          '--only-binary=:all:',
+          '--python-version=3.11',
+          '--implementation=cp',
+          '--platform=manylinux_2_28_x86_64',
+        ),
+        members=(
+          Member(
+            path='sklearn/datasets/data/digits.csv.gz',
+            file='digits.csv.gz',
+            nbytes=57523,
+            sha256=(
+              '09f66e6debdee2cd2b5ae59e0d6abbb73fc2b0e0185d2e1957e9ebb51e23aa22'
+            ),
+          ),
+        ),
+      ),
+    ),
+  ),
   'speech': Package(
     title='a telephone talk with its transcript, and a reading of Dickens',
     license='MIT (pyannote.audio, moonshine-voice)',

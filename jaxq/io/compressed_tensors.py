@@ -24,6 +24,7 @@ Dynamic integer inputs: the format's step is absmax / (qmax + 1/2), ours absmax
 written, the step must be within 0.5 % of it, which 8 bits are without clipping.
 """
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -181,8 +182,23 @@ def why_not(spec: QuantSpec) -> str:
   return ''
 
 
+def stored_input(act: Any) -> Any:
+  """As the format knows it: inputs in steps (OutlierTune) have scale 1."""
+  if not isinstance(act, linear.StepInput) or act.spec.narrow:
+    return act
+  spec = dataclasses.replace(act.spec, granularity='tensor', group_size=-1)
+  one: Any = np.ones((1, 1), np.float32)
+  return linear.ActQuant(one, None, spec)
+
+
 def why_not_input(act: Any) -> str:
   """Why the format cannot hold this input quantizer; '' if it can."""
+  act = stored_input(act)
+  if isinstance(act, linear.StepInput):
+    return (
+      f'its inputs arrive in steps, as codes of {act.spec.qmin} to '
+      f'{act.spec.qmax} (mergequant); compressed-tensors has one code more'
+    )
   if not isinstance(act, linear.ActQuant):
     return (
       f'its inputs are quantized by {type(act).__name__}; compressed-tensors '

@@ -318,7 +318,14 @@ def _act(module: str, entry: architectures.Entry, marks: dict) -> Any:
       'the kernel and an input quantizer only. Keep the jaxq directory, or '
       'calibrate without quant_experts and mergequant.compensate=keep.'
     )
-  return marks.pop(f'{path}/input', None)
+  if f'{path}/split' in marks:
+    raise ValueError(
+      f'{module} cannot be written in compressed-tensors format: channels of '
+      'its input are split into several (mergequant), and the format has one '
+      'row per channel. Keep the jaxq directory, or calibrate with another '
+      '--method.'
+    )
+  return ct.stored_input(marks.pop(f'{path}/input', None))
 
 
 def _same(a: Any, b: Any) -> bool:
@@ -364,10 +371,14 @@ def _unplaced(entries, left: dict, marks: dict) -> str:
   names = [e.hf.name for e in entries if e.path[:-1] == folder]
   module = names[0].rsplit('.', 1)[0] if names else path
   what = path.rsplit('/', 1)[-1]
+  fix = {
+    'bias': 'Calibrate without shifts: shift or symmetrize=never',
+    'output': 'Calibrate with an empty METHOD.bmm, as in --set=os_plus.bmm=',
+  }.get(what, 'Calibrate with another method')
   return (
     f'{module} cannot be written in compressed-tensors format: it has '
     f'{what!r} ({path}), for which neither the architecture nor the format has '
-    'a place. Calibrate with another method.'
+    f'a place. {fix}.'
   )
 
 

@@ -14,7 +14,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from jaxq.kvcache import interface, softmax, stores
+from jaxq.kvcache import interface, kernel, softmax, stores
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -57,14 +57,18 @@ class ContiguousCache:
     """As interface.Cache says."""
     interface.check_inputs(self, q, k, self.k.shape[-2])
     queries = softmax.group(q, self.k.shape[-2], scoring.scale)
-    cached = softmax.attend_store(
+    of_k, of_v = stores.FloatStore(self.k), stores.FloatStore(self.v)
+    plain = lambda: softmax.attend_store(
       queries,
       positions,
-      stores.FloatStore(self.k),
-      stores.FloatStore(self.v),
+      of_k,
+      of_v,
       lambda slots: held(slots, self.length),
       jnp.max(self.length),
       scoring,
+    )
+    cached = kernel.attend(
+      q, positions, of_k, of_v, self.length, scoring, plain
     )
     own = softmax.attend_own(queries, k, v, scoring)
     out = softmax.finish(softmax.merge(cached, own), q.dtype)

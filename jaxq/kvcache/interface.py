@@ -37,6 +37,8 @@ class CacheShape:
 
   batch (B), capacity (tokens a row can hold), kv_heads (Hkv), head_dim (D).
   dtype: of what is not compressed. window: of the layer's attention; None: all.
+  heads: query heads (H), for caches that keep queries. rope: an nn.rope.Rope,
+    for caches that give tokens other positions; None: keys are not rotated.
   """
 
   batch: int
@@ -45,6 +47,8 @@ class CacheShape:
   head_dim: int
   dtype: Any = jnp.float32
   window: int | None = None
+  heads: int | None = None
+  rope: Any = None
 
   def __post_init__(self):
     for name in ('batch', 'capacity', 'kv_heads', 'head_dim'):
@@ -73,11 +77,13 @@ class Update:
 
   scores: (B, Hkv, tokens) float32, of those that are still to be classified;
     None where the cache does not choose.
+  state: what else the cache is to keep, rows first; None: nothing.
   """
 
   k: jax.Array
   v: jax.Array
   scores: jax.Array | None = None
+  state: Any = None
 
 
 class Cache(Protocol):

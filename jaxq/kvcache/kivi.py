@@ -29,7 +29,14 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from jaxq.kvcache import interface, residual, rotation, softmax, stores
+from jaxq.kvcache import (
+  interface,
+  kernel,
+  residual,
+  rotation,
+  softmax,
+  stores,
+)
 
 BITS = (1, 2, 3, 4, 8, 16)
 NORM_SCOPES = ('head', 'token')
@@ -171,15 +178,19 @@ class KiviCache:
     q, k = rotation.turn(of_keys, q), rotation.turn(of_keys, k)
     v = rotation.turn(of_values, v)
     queries = softmax.group(q, Hkv, scoring.scale)
-    stored = softmax.attend_store(
+    committed = self.length // R * R
+    plain = lambda: softmax.attend_store(
       queries,
       positions,
       self.k,
       self.v,
       lambda slots: residual.committed(slots, self.length, R),
-      jnp.max(self.length // R * R),
+      jnp.max(committed),
       scoring,
       unit=self.config.group_size,
+    )
+    stored = kernel.attend(
+      q, positions, self.k, self.v, committed, scoring, plain
     )
     window = softmax.attend_store(
       queries,

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxq.kvcache import contiguous, interface, softmax, stores
+from jaxq.kvcache import contiguous, interface, kernel, softmax, stores
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -108,7 +108,7 @@ class PagedCache:
     """As interface.Cache says."""
     interface.check_inputs(self, q, k, self.k.shape[-2])
     queries = softmax.group(q, self.k.shape[-2], scoring.scale)
-    cached = softmax.attend_store(
+    plain = lambda: softmax.attend_store(
       queries,
       positions,
       _Pages(self.k, self.table),
@@ -117,6 +117,16 @@ class PagedCache:
       jnp.max(self.length),
       scoring,
       unit=self.page_size,
+    )
+    cached = kernel.attend(
+      q,
+      positions,
+      stores.FloatStore(self.k),
+      stores.FloatStore(self.v),
+      self.length,
+      scoring,
+      plain,
+      table=self.table,
     )
     own = softmax.attend_own(queries, k, v, scoring)
     out = softmax.finish(softmax.merge(cached, own), q.dtype)

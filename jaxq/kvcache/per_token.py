@@ -20,7 +20,14 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from jaxq.kvcache import contiguous, interface, rotation, softmax, stores
+from jaxq.kvcache import (
+  contiguous,
+  interface,
+  kernel,
+  rotation,
+  softmax,
+  stores,
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -95,7 +102,7 @@ class TokenCache:
       rotation.turn(self.key_rotation, k),
     )
     queries = softmax.group(q, self.kv_heads, scoring.scale)
-    cached = softmax.attend_store(
+    plain = lambda: softmax.attend_store(
       queries,
       positions,
       self.k,
@@ -103,6 +110,9 @@ class TokenCache:
       lambda slots: contiguous.held(slots, self.length),
       jnp.max(self.length),
       scoring,
+    )
+    cached = kernel.attend(
+      q, positions, self.k, self.v, self.length, scoring, plain
     )
     own = softmax.attend_own(queries, k, v, scoring)
     out = softmax.finish(softmax.merge(cached, own), q.dtype)

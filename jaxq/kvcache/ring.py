@@ -15,7 +15,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from jaxq.kvcache import contiguous, interface, softmax, stores
+from jaxq.kvcache import contiguous, interface, kernel, softmax, stores
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -100,14 +100,18 @@ class RingCache:
     window = min(self.window, scoring.window or self.window)
     scoring = dataclasses.replace(scoring, window=window)
     queries = softmax.group(q, self.k.shape[-2], scoring.scale)
-    cached = softmax.attend_store(
+    of_k, of_v = stores.FloatStore(self.k), stores.FloatStore(self.v)
+    plain = lambda: softmax.attend_store(
       queries,
       positions,
-      stores.FloatStore(self.k),
-      stores.FloatStore(self.v),
+      of_k,
+      of_v,
       self.positions,
       jnp.minimum(jnp.max(self.length), self.window),
       scoring,
+    )
+    cached = kernel.attend(
+      q, positions, of_k, of_v, self.length, scoring, plain, ring=True
     )
     own = softmax.attend_own(queries, k, v, scoring)
     out = softmax.finish(softmax.merge(cached, own), q.dtype)

@@ -28,7 +28,7 @@ from jaxq.kvcache import interface
 BLOCK = 512  # Slots of a store that are unpacked at a time.
 _CHUNK = 128  # Query rows of the new tokens' own part.
 _MOST_CHUNKS = 16
-_MASKED = -0.7 * float(jnp.finfo(jnp.float32).max)
+MASKED = -0.7 * float(jnp.finfo(jnp.float32).max)
 
 
 @flax.struct.dataclass
@@ -54,7 +54,7 @@ def empty(q: jax.Array) -> Partial:
   column = jnp.zeros((*q.shape[:-1], 1), jnp.float32)
   return Partial(
     out=jnp.zeros(q.shape, jnp.float32),
-    largest=jnp.full_like(column, _MASKED),
+    largest=jnp.full_like(column, MASKED),
     total=column,
   )
 
@@ -73,7 +73,7 @@ def add(
     seen: bool, five axes that broadcast to those of the scores.
     combine: p (B, Hkv, G, T, S) -> p V (B, Hkv, G, T, D).
   """
-  scores = jnp.where(seen, scores, _MASKED)
+  scores = jnp.where(seen, scores, MASKED)
   largest = jnp.maximum(state.largest, jnp.max(scores, axis=-1, keepdims=True))
   p = jnp.where(seen, jnp.exp(scores - largest), 0.0)
   shrink = jnp.exp(state.largest - largest)

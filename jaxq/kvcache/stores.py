@@ -392,14 +392,18 @@ def take(a: jax.Array, first: Any, size: int) -> jax.Array:
 def scatter(a: jax.Array, new: jax.Array, slots: jax.Array) -> jax.Array:
   """a (B, S, ...) with new (B, T, ...) at slots (B, T); past the end: none.
 
+  Slots (B, T, Hkv) put every head of a token, axis 2, at a place of its own.
   Short floats are written as bits: CPUs would scatter them in float32, which
   converts, and so copies, the whole array.
   """
   rows, new, dtype = jnp.arange(a.shape[0])[:, None], new.astype(a.dtype), None
+  at: tuple[jax.Array, ...] = (rows, slots)
+  if slots.ndim == 3:
+    at = (rows[..., None], slots, jnp.arange(a.shape[2])[None, None])
   if jnp.issubdtype(a.dtype, jnp.floating) and a.dtype.itemsize < 4:
     dtype, bits = a.dtype, jnp.uint8 if a.dtype.itemsize == 1 else jnp.uint16
     a, new = (jax.lax.bitcast_convert_type(x, bits) for x in (a, new))
-  a = a.at[rows, slots].set(new, mode='drop')
+  a = a.at[at].set(new, mode='drop')
   return a if dtype is None else jax.lax.bitcast_convert_type(a, dtype)
 
 

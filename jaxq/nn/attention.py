@@ -3,10 +3,11 @@
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import linen as nn
 
 from jaxq.kvcache import interface
-from jaxq.nn import causal, linear, matmul, norms
+from jaxq.nn import causal, linear, matmul, norms, taps
 from jaxq.nn import rope as rope_lib
 
 
@@ -64,6 +65,11 @@ class Attention(nn.Module):
       return y
 
     q, k, v = heads(H, 'q'), heads(Hkv, 'k'), heads(Hkv, 'v')
+    products = q * jnp.repeat(k, H // Hkv, axis=2)  # Of a token with itself.
+    taps.tap(self, 'qk', products.reshape(B, T, H * D))
+    if not self.is_initializing():  # For those who make `heads` mutable.
+      self.sow('heads', 'q', q)
+      self.sow('heads', 'k', k)
     if self.has_variable('quant', 'k_cache'):
       k = matmul.fake_input(k, self.get_variable('quant', 'k_cache'))
     if self.has_variable('quant', 'v_cache'):

@@ -34,9 +34,21 @@ class SelfAttention(nn.Module):
   num_heads: int
   implementation: str | None = None
 
-  @nn.compact
   def __call__(self, x: jax.Array, mask: jax.Array | None = None) -> jax.Array:
     """(B, T, C), mask (B, T) bool (False: padding) -> (B, T, C)."""
+    return self.with_heads(x, mask)[0]
+
+  @nn.compact
+  def with_heads(
+    self,
+    x: jax.Array,
+    mask: jax.Array | None = None,
+    bias: jax.Array | None = None,
+  ) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Like a call; also the queries and keys (B, T, H, D).
+
+    bias: (B, T) float32 that is added to the scores of each key; None: 0.
+    """
     B, T, C = x.shape
     H = self.num_heads
 
@@ -48,8 +60,9 @@ class SelfAttention(nn.Module):
     x = keep(x, mask)  # A search may replay one of more, split channels.
     q, k, v = (dense(f'{name}_proj')(x).reshape(B, T, H, -1) for name in 'qkv')
     seen = None if mask is None else mask[:, None, None, :]  # (B, 1, 1, T)
-    out = jax.nn.dot_product_attention(q, k, v, mask=seen)
-    return dense('o_proj')(keep(out.reshape(B, T, -1), mask))
+    added = None if bias is None else bias[:, None, None, :]
+    out = jax.nn.dot_product_attention(q, k, v, bias=added, mask=seen)
+    return dense('o_proj')(keep(out.reshape(B, T, -1), mask)), q, k
 
 
 class MLP(nn.Module):

@@ -140,11 +140,8 @@ def plan_split(
   if not isinstance(s, jax.core.Tracer):
     _check_scale(s)
   K = s.shape[0]
-  extra = grown_width(K, config) - K
-  if config.width == 'constant':
-    extra = int(config.max_extra * K)
-  theta = _threshold(s, config, extra)
-  n = jnp.maximum(jnp.ceil(s / theta), 1.0).astype(jnp.int32)  # (K,)
+  extra = _places(K, config)
+  n, theta = copies(s, config)
   ends = jnp.cumsum(n - 1)
   places = jnp.arange(extra, dtype=jnp.int32)
   j = jnp.searchsorted(ends, places, side='right').astype(jnp.int32)
@@ -163,6 +160,17 @@ def plan_split(
     src, i = jnp.concatenate([src, j]), jnp.concatenate([i, number])
   n = jnp.where(src < K, n[jnp.minimum(src, K - 1)], 1)
   return Plan(src, n, i, theta)
+
+
+def copies(s: jax.Array, config: SplitConfig) -> tuple[jax.Array, jax.Array]:
+  """n (K,) int32, in how many each channel is split, and theta ().
+
+  Args:
+    s: (K,), positive.
+    config: static.
+  """
+  theta = _threshold(s, config, _places(s.shape[0], config))
+  return jnp.maximum(jnp.ceil(s / theta), 1.0).astype(jnp.int32), theta
 
 
 def offsets(plan: Plan, config: SplitConfig) -> jax.Array:
@@ -206,6 +214,13 @@ def make_up(hessian: jax.Array, kept: jax.Array) -> jax.Array:
   lower = cholesky.cholesky(inner)
   cross = hessian * k[:, None] * (1 - k)[None]
   return jax.scipy.linalg.cho_solve((lower, True), cross)
+
+
+def _places(K: int, config: SplitConfig) -> int:
+  """How many copies there is room for."""
+  if config.width == 'constant':
+    return int(config.max_extra * K)
+  return grown_width(K, config) - K
 
 
 def _threshold(s: jax.Array, config: SplitConfig, extra: int) -> jax.Array:

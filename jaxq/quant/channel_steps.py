@@ -10,7 +10,8 @@ rounded (nn.linear.StepInput). Two transforms, since the second needs the first:
            and their errors are summed over all data, token by token:
              c_j = argmin_c sum_t (x_tj - c clip(round(x_tj / c)))^2
            then, if asked, one more ratio per site, of the least error of what
-           the site's branch puts out
+           the site's branch puts out. A channel that will be split has codes
+           enough for all of its range: c = 1
 
 Both leave the steps s of norms in `quant` at '<norm>/steps', for a transform
 that follows and that takes them off (`take_steps`).
@@ -31,7 +32,7 @@ from jaxq.calibrate import observers
 from jaxq.nn import blocks, linear, taps
 from jaxq.numerics import qarray
 from jaxq.numerics import spec as spec_lib
-from jaxq.quant import equivalence, preconditions, transform
+from jaxq.quant import channel_split, equivalence, preconditions, transform
 
 Params = Mapping[str, Any]
 CLIP_RATIOS = tuple(1 - i / 100 for i in range(51))
@@ -49,6 +50,7 @@ class StepsConfig:
   refine: sequences on which the sites' ratios are searched; 0 is none.
   skip_tokens: at the start of each sequence that do not count for ranges.
   all_sites: whether linears that feed linears take steps as well as norms.
+  split: how what norms feed will be split; None: not at all.
   """
 
   weights: spec_lib.QuantSpec
@@ -57,6 +59,7 @@ class StepsConfig:
   refine: int = 0
   skip_tokens: int = 1
   all_sites: bool = False
+  split: channel_split.SplitConfig | None = None
 
   def __post_init__(self):
     if self.clip not in ('adaptive', 'none'):
@@ -357,6 +360,7 @@ def _clip(config, block, params, quant, stats):
       errors = found(stats, s.tap, 'errors').state.errors  # (51, K)
       best = jnp.argmin(_to_producer(s.site, errors, jnp.sum), axis=0)
       c = jnp.array(CLIP_RATIOS, jnp.float32)[best]
+      c = jnp.where(_will_split(config, s, quant), 1.0, c)
       params, quant = _fold(params, quant, s.site, c)
     if config.refine:
       x = found(stats, s.tap, 'sample').x
@@ -366,6 +370,15 @@ def _clip(config, block, params, quant, stats):
       channels = _to_producer(s.site, x[0, 0], jnp.max).shape[0]
       params, quant = _fold(params, quant, s.site, jnp.full(channels, ratio))
   return params, quant
+
+
+def _will_split(config, s: Site, quant) -> jax.Array:
+  """(channels of the producer,) or () bool: those that get finer codes."""
+  how = config.split
+  if how is None or how.split == 'copy' or not s.is_norm:
+    return jnp.bool_(False)
+  steps = taps.get_path(quant, f'{s.site.producer}/steps')
+  return channel_split.copies(steps, how)[0] > 1
 
 
 def _fold(params, quant, site, c):

@@ -10,7 +10,8 @@ As in OutlierTune the steps are in the norm and in the rows, and rounding is all
 that is left to do at run time. At 4 bits three things break, and are mended:
 
 clipping  A range taken from an outlier leaves few codes to the rest: c_j is
-  searched for, and the first token's massive values are left out.
+  searched for, and the first token's massive values are left out. Channels
+  that will be split have codes enough, and keep their range.
 splitting  Rows grown by a large s_j take the range of all columns of W': those
   channels are split into several (jaxq.quant.channel_split).
 rounding  W' is solved by GPTQ on the integer inputs, its ranges searched. With
@@ -130,6 +131,7 @@ class MergeQuantConfig:
       refine=self.refine,
       skip_tokens=self.skip_tokens,
       all_sites=self.rest == 'static',
+      split=self.splitting if self.reconstruct else None,
     )
 
   @property

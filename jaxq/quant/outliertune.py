@@ -273,6 +273,7 @@ def outliertune(config: OutlierTuneConfig) -> transform.Transform:
         apply=functools.partial(_round, solver),
         observe=functools.partial(_observe_hessians, config),
         failure=functools.partial(gptq.failure, config=solver),
+        check=require_tokens,
       )
     )
   return transform.chain(*stages)
@@ -300,6 +301,15 @@ def warn_of_dead_channels(where: str, stats: transform.Stats) -> None:
         where,
         tap,
       )
+
+
+def require_tokens(where: str, stats: transform.Stats) -> None:
+  """Refuses a Hessian of fewer tokens than channels.
+
+  Raises:
+    ValueError: there is one.
+  """
+  preconditions.require_tokens(where, stats, 'outliertune', "use weight='rtn'")
 
 
 def failure(name: str) -> str:

@@ -16,14 +16,22 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import compat, planar, rows, targets, weights
-from pallas_kernels.quantized_matmul import base, pallas_mosaic_tpu
+from pallas_kernels.quantized_matmul import (
+  base,
+  pallas_mosaic_gpu,
+  pallas_mosaic_tpu,
+)
 
-# A GPU form, 'pallas_mosaic_gpu', goes here and into `choose`.
-IMPLEMENTATIONS = ('float', 'pallas_mosaic_tpu', 'xla')
+IMPLEMENTATIONS = ('float', 'pallas_mosaic_gpu', 'pallas_mosaic_tpu', 'xla')
 _OP = 'quantized_matmul'
+Block = pallas_mosaic_gpu.Block | pallas_mosaic_tpu.Block
 _GROUPED_ROWS = 64
 _CODES = ('float8_e4m3fn', 'float8_e5m2', 'int8')
 _FLOATS = ('bfloat16', 'float16', 'float32')
+_KERNELS = {
+  'pallas_mosaic_gpu': pallas_mosaic_gpu,
+  'pallas_mosaic_tpu': pallas_mosaic_tpu,
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -34,7 +42,7 @@ class _Call:
   implementation: str
   out_dtype: Any
   chip: str
-  block: pallas_mosaic_tpu.Block | None
+  block: Block | None
   interpret: bool
 
 
@@ -53,7 +61,7 @@ def quantized_matmul(
   axis_name: str | None = None,
   implementation: str | None = None,
   chip: str | None = None,
-  block: pallas_mosaic_tpu.Block | None = None,
+  block: Block | None = None,
   interpret: bool = False,
 ) -> jax.Array:
   """x (..., K) @ w (K, N) with both sides quantized -> (..., N).
@@ -63,7 +71,8 @@ def quantized_matmul(
 
   Args:
     x: floating, quantized here by row; or codes, int8 or fp8, with x_scale.
-    qvalue: int8, packed planar int4 or fp8 (planar.py, weights.py).
+    qvalue: int8, packed planar int4 or fp8 (planar.py, weights.py); or
+      hopper.pack_rows of that, with bits=8, which the GPU form takes.
     scale: (1, N) or (K / group_size, N), floating.
     zero_point: of w: uint8, shaped as scale; None: 0.
     bits: of w: 8, 4, 2 or 1.
@@ -77,8 +86,8 @@ def quantized_matmul(
       column (so all shards share them), else of float32; a floating x then has
       a scale per row and shard.
     implementation: one of IMPLEMENTATIONS, or None for what `choose` says.
-    chip: the TPU compiled for; None: the one at hand.
-    block: of the TPU form; None: tuned or by rule.
+    chip: the TPU or GPU compiled for; None: the one at hand.
+    block: of the implementation; None: tuned or by rule.
     interpret: runs the kernel in Pallas's interpreter, on any platform.
 
   Raises:
@@ -94,7 +103,7 @@ def quantized_matmul(
       f'{_OP}: implementation={implementation!r}; allowed '
       f'{sorted(IMPLEMENTATIONS)} or None. Use one of them.'
     )
-  N = qvalue.shape[-1]
+  N = scale.shape[-1]
   if bias is not None and bias.shape != (1, N):
     raise ValueError(
       f'{_OP}: bias has shape {bias.shape}; N={N} needs {(1, N)}. Reshape it.'
@@ -138,8 +147,9 @@ def choose(
 ) -> str:
   """The name of the implementation that None stands for.
 
-  The kernel on a TPU with units for the format, where XLA is not to partition
-  it; 'xla' where XLA is, on such a TPU. Elsewhere the float path: without units
+  The kernel on a TPU with units for the format, or on Hopper for a weight that
+  is packed for it, where XLA is not to partition it; 'xla' where XLA is, on
+  such a TPU. Elsewhere the float path: without units
   integers are slower than bfloat16. So it is for groups and more than 64 rows:
   scales of groups leave the sums to the vector unit, which on v6e takes 3.5
   times what the matrix unit does (docs/tpu_static_schedule.md).
@@ -151,7 +161,7 @@ def choose(
     group_size: rows sharing a scale.
     symmetric: whether w has no zero point.
     x_format: as for quantized_matmul.
-    chip: the TPU compiled for; None: the one at hand.
+    chip: the TPU or GPU compiled for; None: the one at hand.
   """
   layout = planar.Planar(
     bits=bits,
@@ -167,8 +177,9 @@ def choose(
 def _choose(x, qvalue, sides, chip):
   if sides.layout.group_size > 0 and math.prod(x.shape[:-1]) > _GROUPED_ROWS:
     return 'float'
-  if not pallas_mosaic_tpu.why_not(x, qvalue, sides, chip):
-    return 'xla' if compat.is_partitioned() else 'pallas_mosaic_tpu'
+  for name, kernel in _KERNELS.items():
+    if not kernel.why_not(x, qvalue, sides, chip):
+      return 'xla' if compat.is_partitioned() else name
   need = 'fp8' if sides.is_float else 'int8'
   known = targets.TARGETS.get(chip)
   return 'xla' if known is not None and need in known.macs else 'float'
@@ -218,7 +229,8 @@ def _matmul(call, x, x_scale, w, bias):
     return base.quantized_matmul(*args)
   if call.implementation == 'float':
     return base.float_matmul(*args)
-  return pallas_mosaic_tpu.quantized_matmul(
+  kernel: Any = _KERNELS[call.implementation]
+  return kernel.quantized_matmul(
     *args, chip=call.chip, block=call.block, interpret=call.interpret
   )
 

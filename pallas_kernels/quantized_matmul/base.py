@@ -53,7 +53,7 @@ def quantized_matmul(
   if not sides.codes:
     x, x_scale = rows.quantize(x, sides.x_format)
   qvalue, scale, zero_point = w
-  codes = planar.unpack(qvalue, layout)
+  codes = weights.codes(qvalue, layout)
   groups = 1 if layout.group_size < 0 else layout.K // layout.group_size
   M, N = x.shape[0], codes.shape[1]
   x_mgk = x.reshape(M, groups, -1)

@@ -68,6 +68,8 @@ def why_not(x: Any, qvalue: Any, sides: base.Sides, chip: str) -> str:
   """Why this kernel cannot serve; '' if it can."""
   if chip not in targets.TARGETS:
     return f'chip is {chip!r}; it runs on {sorted(targets.TARGETS)}.'
+  if qvalue.ndim != 2:
+    return 'the weight is packed for Hopper; it takes it as stored.'
   layout, native = sides.layout, targets.get(chip).macs
   need = 'fp8' if sides.is_float else 'int8'
   if need not in native:

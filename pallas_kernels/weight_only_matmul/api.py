@@ -14,11 +14,21 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import compat, planar, targets, weights
-from pallas_kernels.weight_only_matmul import base, pallas_mosaic_tpu
+from pallas_kernels.weight_only_matmul import (
+  base,
+  pallas_mosaic_gpu,
+  pallas_mosaic_tpu,
+)
 
-# A GPU form, 'pallas_mosaic_gpu', goes here and into `choose`.
-IMPLEMENTATIONS = ('pallas_mosaic_tpu', 'xla')
+IMPLEMENTATIONS = ('pallas_mosaic_gpu', 'pallas_mosaic_tpu', 'xla')
 _OP = 'weight_only_matmul'
+Block = pallas_mosaic_gpu.Block | pallas_mosaic_tpu.Block
+
+
+_KERNELS = {
+  'pallas_mosaic_gpu': pallas_mosaic_gpu,
+  'pallas_mosaic_tpu': pallas_mosaic_tpu,
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -29,7 +39,7 @@ class _Call:
   implementation: str
   out_dtype: Any
   chip: str
-  block: pallas_mosaic_tpu.Block | None
+  block: Block | None
   interpret: bool
 
 
@@ -45,7 +55,7 @@ def weight_only_matmul(
   axis_name: str | None = None,
   implementation: str | None = None,
   chip: str | None = None,
-  block: pallas_mosaic_tpu.Block | None = None,
+  block: Block | None = None,
   interpret: bool = False,
 ) -> jax.Array:
   """x (..., K) @ dequantize(w) (K, N) -> (..., N).
@@ -57,7 +67,8 @@ def weight_only_matmul(
     x: activations.
     qvalue: codes (K * bits / 8, N) uint8, packed planar (planar.py); at 8 bits
       (K, N) int8, or uint8 with a zero point. Below 8 bits without a zero point
-      they are two's complement; at 1 bit a 1 is +1 and a 0 is -1.
+      they are two's complement; at 1 bit a 1 is +1 and a 0 is -1. Or
+      hopper.pack_words of that, which the GPU form takes.
     scale: (1, N) or (K / group_size, N), floating.
     zero_point: uint8, shaped as scale; None: 0.
     bits: 8, 4, 2 or 1.
@@ -66,8 +77,8 @@ def weight_only_matmul(
     axis_name: inside a shard_map: the mesh axis K is sharded over, in whole
       groups. Partial sums are float32 and are summed once, then cast.
     implementation: one of IMPLEMENTATIONS, or None for what `choose` says.
-    chip: the TPU compiled for; None: the one at hand.
-    block: of the TPU form; None: tuned or by rule.
+    chip: the TPU or GPU compiled for; None: the one at hand.
+    block: of the implementation; None: tuned or by rule.
     interpret: runs the kernel in Pallas's interpreter, on any platform.
 
   Raises:
@@ -113,7 +124,8 @@ def choose(
 
   The kernel, on a TPU that it serves and where XLA is not to partition it; it
   reads the weight once where XLA's path writes it out in floats and reads that,
-  at any M. Everywhere else the float path, 'xla'.
+  at any M. On Hopper the kernel for up to 256 rows of a weight that is
+  packed for it. Everywhere else the float path, 'xla'.
 
   Args:
     x: array or ShapeDtypeStruct (..., K).
@@ -121,7 +133,7 @@ def choose(
     bits: 8, 4, 2 or 1.
     group_size: rows sharing a scale.
     symmetric: whether there is no zero point.
-    chip: the TPU compiled for; None: the one at hand.
+    chip: the TPU or GPU compiled for; None: the one at hand.
   """
   layout = planar.Planar(
     bits=bits,
@@ -133,9 +145,10 @@ def choose(
 
 
 def _choose(x, qvalue, layout, chip):
-  if pallas_mosaic_tpu.why_not(x, qvalue, layout, chip):
-    return 'xla'
-  return 'xla' if compat.is_partitioned() else 'pallas_mosaic_tpu'
+  for name, kernel in _KERNELS.items():
+    if not kernel.why_not(x, qvalue, layout, chip):
+      return 'xla' if compat.is_partitioned() else name
+  return 'xla'
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -144,7 +157,8 @@ def _matmul(call: Any, x: jax.Array, w: Any) -> jax.Array:
     return base.weight_only_matmul(
       x, w[0], w[1], w[2], call.layout, call.out_dtype
     )
-  return pallas_mosaic_tpu.weight_only_matmul(
+  kernel: Any = _KERNELS[call.implementation]
+  return kernel.weight_only_matmul(
     x,
     w[0],
     w[1],

@@ -90,6 +90,8 @@ def why_not(x: Any, qvalue: Any, layout: planar.Planar, chip: str) -> str:
     return f'chip is {chip!r}; it runs on {sorted(targets.TARGETS)}.'
   if x.dtype != jnp.bfloat16:
     return f'x is {x.dtype}; it takes bfloat16. Cast x.'
+  if qvalue.ndim != 2:
+    return 'the weight is packed for Hopper; it takes it as stored.'
   if qvalue.dtype not in (jnp.int8, jnp.uint8):
     return f'qvalue is {qvalue.dtype}; it takes integers.'
   if layout.group_size not in GROUP_SIZES:

@@ -4,7 +4,9 @@ import dataclasses
 import hashlib
 import pathlib
 import tempfile
+from unittest import mock
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from absl.testing import absltest, parameterized
@@ -13,7 +15,8 @@ from tokenizers import models as tokenizer_models
 
 import models
 from jaxq.calibrate import driver, run
-from jaxq.io import checkpoint
+from jaxq.io import checkpoint, compressed_tensors, ct_export
+from jaxq.nn import taps
 from jaxq.numerics import spec as spec_lib
 from jaxq.quant import (
   llm_fp4,
@@ -27,6 +30,7 @@ from jaxq.quant import (
   transform,
 )
 from tests.calibrate import testing
+from tests.io import test_trees
 from tests.models import test_decoder
 
 CONFIG = driver.CalibrationConfig(batch_size=4)
@@ -115,6 +119,38 @@ def quant_experts_w4a8():
   return quant_experts.quant_experts(config)
 
 
+def os_plus_w8a8():
+  config = os_plus.OsPlusConfig(
+    weights=spec_lib.QuantSpec(dtype='int8'),
+    inputs=spec_lib.QuantSpec(dtype='int8', granularity='tensor'),
+    n_grid=2,
+    n_max=2,
+    bmm=(),
+  )
+  return os_plus.os_plus(config)
+
+
+def outliertune_w8a8():
+  config = outliertune.OutlierTuneConfig(
+    weights=spec_lib.QuantSpec(dtype='int8', symmetric=False),
+    inputs=spec_lib.QuantSpec(dtype='int8', granularity='token'),
+    bmm=(),
+  )
+  return outliertune.outliertune(config)
+
+
+# Each method, in a form that shows all of it, and why compressed-tensors cannot
+# hold that.
+METHODS = {
+  os_plus_w6a6: "has 'bias' .*architecture nor the format",
+  outliertune_w6a6: 'its dynamic int6 inputs are clipped by 1',
+  mergequant_w4a4: 'low-rank term of its float input',
+  llm_fp4_w4a4: 'its weights are fpx4; compressed-tensors has',
+  ptq161_w1: 'it holds signs and some rows in more bits',
+  quant_experts_w4a8: 'low-rank term of its float input',
+}
+
+
 def model():
   opened = testing.small_model()
   c = test_decoder.CONFIG
@@ -126,6 +162,7 @@ def model():
     'num_hidden_layers': c.num_layers,
     'num_attention_heads': c.num_heads,
     'num_key_value_heads': c.num_kv_heads,
+    'head_dim': c.head_dim,
     'rms_norm_eps': c.norm_eps,
     'tie_word_embeddings': True,
   }
@@ -190,39 +227,6 @@ class RunTest(parameterized.TestCase):
     # int8 kernels: about 1 % of the logits' range.
     np.testing.assert_allclose(logits, expected, atol=0.02)
 
-  @parameterized.parameters(
-    rtn,
-    os_plus_w6a6,
-    outliertune_w6a6,
-    mergequant_w4a4,
-    llm_fp4_w4a4,
-    ptq161_w1,
-    quant_experts_w4a8,
-  )
-  def test_stopped_runs_end_with_the_same_bytes(self, make):
-    whole = self.new_path()
-    self.calibrate(whole, make())
-    loaded = models.load(whole)
-    logits, _ = loaded.module.apply(
-      loaded.variables, jnp.asarray(testing.tokens()[:1])
-    )
-    self.assertTrue(bool(jnp.all(jnp.isfinite(logits))))
-    part = self.new_path()
-
-    def stop(report):
-      raise KeyboardInterrupt
-
-    for done in range(3):
-      with self.assertRaises(KeyboardInterrupt):
-        self.calibrate(
-          part,
-          make(),
-          on_start=lambda n, done=done: self.assertEqual(n, done),
-          on_block=stop,
-        )
-    self.assertTrue(self.calibrate(part, make()))
-    self.assertEqual(digest(whole), digest(part))
-
   @parameterized.parameters('config', 'settings', 'data')
   def test_another_run_is_refused(self, what):
     output = self.new_path()
@@ -247,6 +251,102 @@ class RunTest(parameterized.TestCase):
       run.calibrate(
         opened, rtn(), testing.tokens(), self.new_path(), config=CONFIG
       )
+
+
+class MethodsTest(parameterized.TestCase):
+  """Each method, calibrated once: stopped, stored, loaded and exported."""
+
+  @classmethod
+  def setUpClass(cls):
+    super().setUpClass()
+    parent = cls.enterClassContext(tempfile.TemporaryDirectory())
+    cls.root = pathlib.Path(parent)
+    cls.made = {}
+
+  def calibrate(self, output, make, **how):
+    return run.calibrate(
+      model(), make(), testing.tokens(), output, config=CONFIG, **how
+    )
+
+  def finished(self, make):
+    """A finished directory, and the blocks as they were handed to the disk."""
+    if make not in self.made:
+      output, kept = self.root / make.__name__, {}
+      save = checkpoint.Writer.save_block
+
+      def record(writer, i, tree):
+        kept[i] = jax.tree.map(np.array, tree)
+        save(writer, i, tree)
+
+      with mock.patch.object(checkpoint.Writer, 'save_block', record):
+        self.calibrate(output, make)
+      self.made[make] = output, kept
+    return self.made[make]
+
+  def logits(self, directory):
+    loaded = models.load(str(directory))
+    tokens = jnp.asarray(testing.tokens()[:1])
+    return loaded.module.apply(loaded.variables, tokens)[0]
+
+  @parameterized.parameters(rtn, *METHODS)
+  def test_stopped_runs_end_with_the_same_bytes(self, make):
+    whole, _ = self.finished(make)
+    part = self.root / f'{make.__name__}_in_parts'
+
+    def stop(report):
+      raise KeyboardInterrupt
+
+    for done in range(3):
+      with self.assertRaises(KeyboardInterrupt):
+        self.calibrate(
+          part,
+          make,
+          on_start=lambda n, done=done: self.assertEqual(n, done),
+          on_block=stop,
+        )
+    self.assertTrue(self.calibrate(part, make))
+    self.assertEqual(digest(whole), digest(part))
+
+  @parameterized.parameters(*METHODS)
+  def test_what_is_stored_is_what_was_made(self, make):
+    directory, kept = self.finished(make)
+    opened = models.open_model(str(directory))
+    self.assertEqual(sorted(kept), list(range(opened.num_blocks)))
+    for i, tree in kept.items():
+      test_trees.assert_same(self, opened.block_variables(i), tree)
+    self.assertTrue(bool(jnp.all(jnp.isfinite(self.logits(directory)))))
+
+  @parameterized.parameters(*METHODS)
+  def test_what_compressed_tensors_cannot_hold_is_refused(self, make):
+    source = models.open_model(str(self.finished(make)[0])).source
+    out = self.root / 'refused'
+    with self.assertRaisesRegex(
+      ValueError, f'model.layers.0.* cannot be written .*{METHODS[make]}'
+    ) as caught:
+      ct_export.export(source, out)
+    self.assertNotIn('\n', str(caught.exception))
+    self.assertFalse(out.exists())
+
+  @parameterized.parameters(os_plus_w8a8, outliertune_w8a8)
+  def test_what_it_can_hold_is_exported(self, make):
+    """Without shifts and outputs: static scales, those of steps are one."""
+    directory, _ = self.finished(make)
+    source = models.open_model(str(directory)).source
+    out = ct_export.export(source, self.root / f'{make.__name__}_exported')
+    exported = models.open_model(str(out)).source
+    for i in range(3):
+      block, found = source.block(i), exported.block(i)
+      jax.tree.map(
+        np.testing.assert_array_equal, found['params'], block['params']
+      )
+      for path, act in taps.leaves(block['quant']):
+        act = compressed_tensors.stored_input(act)
+        scale = taps.get_path(found['quant'], path).scale
+        np.testing.assert_array_equal(scale, act.scale)
+    exact = self.logits(directory)
+    error = jnp.linalg.norm(self.logits(out) - exact) / jnp.linalg.norm(exact)
+    # The format's step of a token is 0.4 % smaller.
+    self.assertLess(float(error), 0.05)
 
 
 if __name__ == '__main__':

@@ -11,7 +11,7 @@ from absl.testing import absltest
 from benchmarks import interrupted
 from tests.experiments import testing
 
-NUM_BLOCKS, KILLS = 12, 5
+NUM_BLOCKS, KILLS = 12, 3
 
 
 class KillTest(absltest.TestCase):

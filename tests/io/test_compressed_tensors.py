@@ -7,7 +7,7 @@ from absl.testing import absltest, parameterized
 
 from jaxq.io import compressed_tensors as ct
 from jaxq.io import words
-from jaxq.nn import linear
+from jaxq.nn import linear, matmul
 from jaxq.numerics import qarray
 from jaxq.numerics import spec as spec_lib
 
@@ -233,8 +233,27 @@ class ArgumentsTest(parameterized.TestCase):
     self.assertRegex(ct.why_not_input(act), message)
 
   def test_inputs_of_other_kinds(self):
-    step = linear.StepInput(QuantSpec(dtype='int8'))
-    self.assertRegex(ct.why_not_input(step), 'quantized by StepInput')
+    codes = QuantSpec(dtype='int4', granularity='tensor', narrow=True)
+    self.assertRegex(
+      ct.why_not_input(linear.StepInput(codes)), 'codes of -7 to 7 .*one code'
+    )
+    hadamard = linear.OnlineHadamard(8)
+    self.assertRegex(ct.why_not_input(hadamard), 'quantized by OnlineHadamard')
+
+  def test_steps_are_a_static_scale_of_one(self):
+    spec = QuantSpec(dtype='int8', granularity='tensor')
+    step = linear.StepInput(spec)
+    self.assertEqual(ct.why_not_input(step), '')
+    act = ct.stored_input(step)
+    self.assertEqual(act.spec, spec)
+    x = np.random.default_rng(0).normal(scale=80, size=(4, 8))
+    x = x.astype(np.float32)
+    codes = step.codes(x)
+    np.testing.assert_array_equal(matmul.fake_input(x, act), codes)
+    tensors = ct.write_input(act)
+    back = ct.read_input(tensors, ct.input_args(act), 'here')
+    self.assertEqual(back.spec, spec)
+    np.testing.assert_array_equal(matmul.fake_input(x, back), codes)
 
 
 if __name__ == '__main__':

@@ -187,13 +187,22 @@ class ExportTest(parameterized.TestCase):
   @parameterized.parameters(
     ('hadamard', linear.OnlineHadamard(16), 'online Hadamard.*rotate.online'),
     ('permute', np.arange(32, dtype=np.int32), "it has 'permute'"),
-    ('output', TOKEN, "it has 'output'"),
+    ('output', TOKEN, "it has 'output'.*--set=os_plus.bmm="),
     (
       'low_rank',
       linear.LowRank(np.ones((32, 2)), np.ones((2, 16))),
       'low-rank term of its float input .* calibrate without quant_experts',
     ),
-    ('input', linear.StepInput(INT8), 'quantized by StepInput'),
+    (
+      'split',
+      linear.SplitInput(np.zeros(8, np.int32), np.zeros(40), INT8),
+      'channels of its input are split .*mergequant',
+    ),
+    (
+      'input',
+      linear.StepInput(QuantSpec(dtype='int8', narrow=True)),
+      'in steps, as codes of -127 to 127',
+    ),
   )
   def test_quant_entries_without_a_place(self, key, value, message):
     made = self.made(INT8)
@@ -207,7 +216,9 @@ class ExportTest(parameterized.TestCase):
     made = self.made(INT8)
     params = made.blocks[0]['params']
     params['mlp']['up_proj']['bias'] = np.ones(64, np.float32)
-    with self.assertRaisesRegex(ValueError, "mlp.up_proj cannot .*has 'bias'"):
+    with self.assertRaisesRegex(
+      ValueError, "mlp.up_proj cannot .*has 'bias'.*symmetrize=never"
+    ):
       ct_export.export(made, self.out())
 
   def test_signs_beside_rows_in_more_bits(self):

@@ -64,7 +64,9 @@ def ragged(config, counts, rows):
 
 class ContractTest(parameterized.TestCase):
   def test_the_table_has_every_member(self):
-    types = {type(config) for config in testing.CACHES.values()}
+    tables = testing.CACHES | testing.SELECTING
+    types = {type(config) for config in tables.values()}
+    types.add(type(testing.BITS))
     self.assertEqual(types, {type(c) for c in registry.CACHES.values()})
 
   @parameterized.named_parameters(*LOSSLESS)

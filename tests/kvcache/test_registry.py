@@ -50,7 +50,7 @@ class ParseTest(parameterized.TestCase):
     )
 
   @parameterized.parameters(
-    ('h2o', r"'h2o' is no cache; allowed \['contiguous', 'fp8'"),
+    ('h2o', r"'h2o' is no cache; allowed \['contiguous', 'dont_waste"),
     ('', "'' is no cache"),
     ('kivi:bit=2', "cannot read 'bit=2'; kivi has the fields .'bits'"),
     ('kivi:bits', "cannot read 'bits'"),

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,17 +10,22 @@ import numpy as np
 
 from jaxq.kvcache import (
   contiguous,
+  dont_waste_bits,
+  double_sparsity,
+  evict,
   fp8,
   interface,
   kivi,
   oscar,
   paged,
   per_token,
+  quest,
   ring,
+  tokenselect,
   turboquant,
   zipcache,
 )
-from jaxq.nn import causal
+from jaxq.nn import causal, rope
 
 B, H, HKV, D = 2, 4, 2, 16
 R = 16  # Residual windows.
@@ -44,6 +50,31 @@ CACHES = {
   'oscar_head': dataclasses.replace(OSCAR, norm_scope='head'),
   'zipcache': ZIPCACHE,
 }
+
+EVICT = evict.EvictConfig(
+  policy='snapkv', budget=24, sinks=2, recent=4, window=4, interval=4, future=8
+)
+SPARSE = double_sparsity.DoubleSparsityConfig(
+  channels='random', heavy_tokens=12, dense_layers=0
+)
+TOKENSELECT = tokenselect.TokenSelectConfig(budget=8, sinks=2, local=8, chunk=8)
+# Needs a decision behind each step (test_dont_waste_bits).
+BITS = dont_waste_bits.DontWasteBitsConfig(controller='random')
+# Those that select tokens: the contract of test_selection.
+SELECTING: dict[str, Any] = {
+  'evict_snapkv': EVICT,
+  'evict_expected': dataclasses.replace(EVICT, policy='expected'),
+  'evict_h2o': dataclasses.replace(EVICT, policy='h2o'),
+  'evict_streaming': dataclasses.replace(
+    EVICT, policy='streaming', reposition=True
+  ),
+  'evict_knorm_int8': dataclasses.replace(EVICT, policy='knorm', inner='int8'),
+  'evict_random': dataclasses.replace(EVICT, policy='random'),
+  'evict_heads': dataclasses.replace(EVICT, head_budgets=True),
+  'quest': quest.QuestConfig(page_size=4, budget=12, dense_layers=0),
+  'double_sparsity': SPARSE,
+  'tokenselect': TOKENSELECT,
+}
 # Those that keep what they are given.
 LOSSLESS = {
   'contiguous': contiguous.ContiguousConfig(),
@@ -57,7 +88,13 @@ LOSSLESS = {
 def shape(batch=B, capacity=64, **kwargs):
   """A CacheShape."""
   return interface.CacheShape(
-    batch=batch, capacity=capacity, kv_heads=HKV, head_dim=D, **kwargs
+    batch=batch,
+    capacity=capacity,
+    kv_heads=HKV,
+    head_dim=D,
+    heads=H,
+    rope=rope.Rope(),
+    **kwargs,
   )
 
 
@@ -122,6 +159,6 @@ def held(cache, count):
 def same(a, b):
   """Whether two trees are equal, bit for bit."""
   return all(
-    np.array_equal(np.asarray(x).view(np.uint8), np.asarray(y).view(np.uint8))
+    np.asarray(x).tobytes() == np.asarray(y).tobytes()
     for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
   )

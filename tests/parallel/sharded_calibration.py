@@ -13,6 +13,7 @@ activation is a tie of its own kind.
 """
 
 import collections
+import dataclasses
 import functools
 import json
 import sys
@@ -23,7 +24,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 from jaxq.calibrate import driver
-from jaxq.nn import blocks, taps
+from jaxq.nn import blocks, routed_low_rank, taps
 from jaxq.numerics import binary, qarray
 from jaxq.numerics import spec as spec_lib
 from jaxq.parallel import mesh as mesh_lib
@@ -134,6 +135,7 @@ METHODS = {
         share=0.1,
         skip_tokens=0,
         sample_sequences=8,
+        dtype='float32',  # In bfloat16 a term has ties of its own.
       )
     ),
     gptq.GptqConfig(weights=W4),
@@ -311,6 +313,104 @@ def logits(opened, store):
   return np.asarray(out, np.float64)
 
 
+def choices(block, variables, x):
+  """{path: (experts, codes)} of a block's routed linears.
+
+  experts (B, T): which one each token goes to. codes (B, T, K): its input
+  rounded per token.
+  """
+  tapped = block.tapped(variables, x)
+  found = {}
+  for path, term in taps.leaves(variables['quant']):
+    if not isinstance(term, routed_low_rank.RoutedLowRank):
+      continue
+    path = path.removesuffix('/low_rank')
+    seen = taps.get_path(tapped, f'{path}/in')
+    g = routed_low_rank.gates(seen, term.router, term.weight, term.top_k)
+    q = qarray.quantize(seen.reshape(-1, seen.shape[-1]), A8)
+    codes_ = np.asarray(qarray.codes(q)).reshape(seen.shape)
+    found[path] = np.asarray(jnp.argmax(g, axis=-1)), codes_
+  return found
+
+
+def tokens_apart(opened, a, b):
+  """Where two quantized models differ on the calibration tokens, and why.
+
+  Both run on one device, each on its own stream.
+
+  Returns:
+    counts: {'rerouted', 'tied', 'untouched', 'tokens'}. Rerouted tokens go to
+      another expert somewhere, tied ones have a code that is rounded otherwise
+      (activations differ in their last bits, and may do so at a tie), untouched
+      ones are neither, nor are those that they attend to.
+    error: (B, T), relative, of the last block's output.
+    untouched: (B, T) bool.
+  """
+  tokens = jnp.asarray(testing.tokens())
+  stores = a, b
+  xs = [opened.embed(jax.device_put(s.outside), tokens) for s in stores]
+  rerouted, tied = np.zeros(tokens.shape, bool), np.zeros(tokens.shape, bool)
+  for i in range(opened.num_blocks):
+    block, seen = opened.block_at(i), []
+    for n, store in enumerate(stores):
+      variables = jax.device_put(store.blocks[i])
+      seen.append(choices(block, variables, xs[n]))
+      xs[n] = block.apply(variables, xs[n])
+    for path, (experts, own) in seen[0].items():
+      rerouted |= experts != seen[1][path][0]
+      tied |= np.any(own != seen[1][path][1], axis=-1)
+  untouched = ~np.logical_or.accumulate(rerouted | tied, axis=1)
+  x, y = (np.asarray(x, np.float64) for x in xs)
+  error = np.linalg.norm(x - y, axis=-1) / np.linalg.norm(x, axis=-1)
+  counts = {
+    'rerouted': int(rerouted.sum()),
+    'tied': int(tied.sum()),
+    'untouched': int(untouched.sum()),
+    'tokens': tokens.size,
+  }
+  return counts, error, untouched
+
+
+def with_a_token_moved(opened, store):
+  """A copy of a store whose first router sends a token the other way.
+
+  That whose two best experts are nearest, at the first block's down_proj; with
+  it go those that are like it.
+  """
+  path, block = 'mlp/down_proj', store.blocks[0]
+  term = taps.get_path(block['quant'], f'{path}/low_rank')
+  x = opened.embed(jax.device_put(store.outside), jnp.asarray(testing.tokens()))
+  tapped = opened.block_at(0).tapped(jax.device_put(block), x)
+  seen = np.asarray(taps.get_path(tapped, f'{path}/in'), np.float64)
+  u = seen / np.linalg.norm(seen, axis=-1, keepdims=True)  # (B, T, K)
+  router = np.asarray(term.router, np.float32)
+  logits = np.sort(u @ router, axis=-1)
+  gap = logits[..., -1] - logits[..., -2]
+  where = np.unravel_index(np.argmin(gap), gap.shape)
+  last = np.argsort(u[where] @ router)[-2]
+  router[:, last] += 1.1 * gap[where] * u[where]
+  moved = dataclasses.replace(term, router=router)
+  quant = taps.set_path(block['quant'], f'{path}/low_rank', moved)
+  copy = testing.MemoryStore()
+  copy.outside = store.outside
+  copy.blocks = {**store.blocks, 0: {**block, 'quant': quant}}
+  return copy
+
+
+def apart(opened, one, many):
+  """Rows for the test, of two runs and of a control (with_a_token_moved)."""
+  rows = {}
+  control = with_a_token_moved(opened, one)
+  for name, other in (('devices', many), ('control', control)):
+    counts, error, untouched = tokens_apart(opened, one, other)
+    rows[name] = {
+      **counts,
+      'error': float(np.max(error)),
+      'untouched_error': float(np.max(error, where=untouched, initial=0.0)),
+    }
+  return rows
+
+
 def perplexity(out):
   """Of next-token prediction from logits (B, T, V)."""
   tokens = testing.tokens()[:, 1:, None]
@@ -363,6 +463,7 @@ def compare(heads, method):
     ),
     'logit_error': float(np.max(np.abs(a - b)) / np.max(np.abs(a))),
     'perplexities': [perplexity(a), perplexity(b)],
+    'apart': apart(opened, one, many) if method == 'quant_experts' else None,
     'replicated': seen.replicated,
     'shardings': {k: sorted(v) for k, v in seen.shardings.items()},
   }

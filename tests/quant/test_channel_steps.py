@@ -12,7 +12,13 @@ from jaxq.calibrate import observers
 from jaxq.nn import blocks, linear, taps
 from jaxq.numerics import qarray
 from jaxq.numerics import spec as spec_lib
-from jaxq.quant import activations, channel_steps, rotate, transform
+from jaxq.quant import (
+  activations,
+  channel_split,
+  channel_steps,
+  rotate,
+  transform,
+)
 from tests.quant import planted, testing
 
 QuantSpec = spec_lib.QuantSpec
@@ -131,6 +137,26 @@ class GainTest(parameterized.TestCase):
       y = testing.output(block, moved, quant, x)
       errors.append(float(jnp.mean(jnp.square(y - exact))))
     self.assertLess(errors[1], 0.7 * errors[0])
+
+  def test_a_channel_that_will_be_split_keeps_its_range(self):
+    """Its copies have codes for all of it, and clipping would lose that."""
+    block, params = planted.block('rms', planted.SCALED)
+    how = channel_split.SplitConfig(multiple=16, max_share=0.05)
+    found = {}
+    for name, fields in (
+      ('whole', dict(clip='none')),
+      ('clipped', {}),
+      ('split', dict(split=how)),
+    ):
+      _, quant = testing.run(block, params, method(**fields), spiked())
+      found[name] = np.asarray(quant['input_norm']['steps'])
+    large = np.zeros(planted.C, bool)
+    large[list(planted.SCALED.channels)] = True
+    self.assertTrue(np.all(found['clipped'] < 0.95 * found['whole']))
+    np.testing.assert_array_equal(found['split'][large], found['whole'][large])
+    np.testing.assert_array_equal(
+      found['split'][~large], found['clipped'][~large]
+    )
 
   def test_the_first_token_is_cut_off_and_the_others_gain(self):
     block, params = planted.block('rms', planted.MASSIVE)

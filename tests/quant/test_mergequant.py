@@ -212,6 +212,21 @@ class GainTest(parameterized.TestCase):
   def test_splitting_gains(self):
     self.assertLess(error(clip='none'), 0.5 * error_unsplit())
 
+  def test_ablation_full_unclipped_unsplit(self):
+    self.assertLess(error(), 0.95 * error(clip='none'))
+    self.assertLess(error(clip='none'), 0.5 * error_unsplit())
+
+  def test_clipping_gains_on_heavy_tails(self):
+    """Beside split channels as well, whose own range it leaves alone."""
+    block, params = planted.block('rms', PLANT)
+    block = block.without(('re:attention',), 0)  # Half the compilation.
+    x = jax.random.t(jax.random.key(1), 2.5, (8, 48, planted.C))
+    clipped, whole = (
+      planted.error(block, params, method(clip=clip), x)
+      for clip in ('adaptive', 'none')
+    )
+    self.assertLess(clipped, 0.8 * whole)
+
   def test_w4a4_order_mergequant_outliertune_static(self):
     theirs = outliertune.OutlierTuneConfig(
       weights=W4, inputs=A4, symmetrize='never', weight='gptq', bmm=()

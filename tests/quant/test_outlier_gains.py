@@ -4,9 +4,17 @@ import numpy as np
 from absl.testing import absltest, parameterized
 
 from jaxq.nn import blocks, taps
-from jaxq.numerics import qarray
+from jaxq.numerics import qarray, ranges
 from jaxq.numerics import spec as spec_lib
-from jaxq.quant import gptq, os_plus, outliertune, smoothquant, transform
+from jaxq.quant import (
+  gptq,
+  os_plus,
+  outliertune,
+  ptq161,
+  round_to_nearest,
+  smoothquant,
+  transform,
+)
 from tests.quant import planted, test_os_plus, test_outliertune, testing
 
 QuantSpec = spec_lib.QuantSpec
@@ -91,6 +99,17 @@ class OsPlusTest(parameterized.TestCase):
     self.assertGreater(ranges[0], 5)  # About sqrt(C) = 8.
     self.assertLess(ranges[1], 0.8 * ranges[0])
 
+  def test_w8a8_is_near_float(self):
+    block, params = planted.block('layer', planted.SHIFTED)
+    x = planted.inputs()
+    ours = os_plus.os_plus(
+      test_os_plus.config(weights=W8, inputs=A8_TENSOR, bmm=())
+    )
+    error = planted.error(block, params, ours, x)
+    self.assertLess(error, 1e-3)
+    nearest = test_os_plus.rtn(W8, A8_TENSOR)
+    self.assertLess(error, 0.1 * planted.error(block, params, nearest, x))
+
 
 class OutlierTuneTest(parameterized.TestCase):
   @parameterized.parameters('layer', 'post', 'parallel')
@@ -160,6 +179,34 @@ class OutlierTuneTest(parameterized.TestCase):
     )
     self.assertLess(solved, 0.8 * rounded)
     self.assertLess(chained, 0.8 * rounded)
+
+
+class PTQ161Test(parameterized.TestCase):
+  def test_below_two_bits_it_beats_two(self):
+    """A fifth of the channels at 4 bits, and learned scales, on outliers."""
+    block, params = planted.block('rms', planted.SCALED)
+    block = block.without(('re:attention',), 0)  # Half the compilation.
+    x = planted.inputs(planted.SCALED, batch=8)
+    w2 = QuantSpec(dtype='int2', symmetric=False)
+    ours = ptq161.PTQ161Config(
+      weights=QuantSpec(dtype='binary'),
+      epochs=5,
+      batch_size=2,
+      lr_alpha=5e-3,
+      lr_r=1e-2,
+    )
+    solver = gptq.GptqConfig(weights=w2, search=ranges.RangeSearch(kind='mse'))
+    nearest = round_to_nearest.RoundToNearestConfig(weights=w2)
+    learned, solved, rounded = (
+      planted.error(block, params, method, x)
+      for method in (
+        ptq161.ptq161(ours),
+        gptq.gptq(solver),
+        round_to_nearest.round_to_nearest(nearest),
+      )
+    )
+    self.assertLess(learned, 0.9 * solved)
+    self.assertLess(solved, rounded)
 
 
 if __name__ == '__main__':

@@ -118,6 +118,17 @@ def output(
   return block.apply({'params': params, 'quant': quant}, x)
 
 
+def primitives(jaxpr: Any) -> list[str]:
+  """Names of the primitives of a jaxpr, those inside it included."""
+  found = []
+  for equation in jaxpr.eqns:
+    inner = _inner(equation)
+    found += [] if inner else [equation.primitive.name]
+    for sub in inner:
+      found += primitives(sub)
+  return found
+
+
 def primitives_on_width(jaxpr: Any, width: int) -> set[str]:
   """Names of the primitives that read an array (.., T, width), at any depth.
 
@@ -125,14 +136,7 @@ def primitives_on_width(jaxpr: Any, width: int) -> set[str]:
   """
   used = set()
   for equation in jaxpr.eqns:
-    inner = [
-      p.jaxpr if hasattr(p, 'jaxpr') else p
-      for p in jax.tree.leaves(
-        list(equation.params.values()),
-        is_leaf=lambda p: hasattr(p, 'eqns') or hasattr(p, 'jaxpr'),
-      )
-      if hasattr(p, 'eqns') or hasattr(p, 'jaxpr')
-    ]
+    inner = _inner(equation)
     if inner:
       for sub in inner:
         used |= primitives_on_width(sub, width)
@@ -145,3 +149,10 @@ def primitives_on_width(jaxpr: Any, width: int) -> set[str]:
     if any(s and s[-1] == width and len(s) >= 2 for s in shapes):
       used.add(equation.primitive.name)
   return used
+
+
+def _inner(equation: Any) -> list[Any]:
+  """The jaxprs within an equation."""
+  holds = lambda p: hasattr(p, 'eqns') or hasattr(p, 'jaxpr')
+  found = jax.tree.leaves(list(equation.params.values()), is_leaf=holds)
+  return [getattr(p, 'jaxpr', p) for p in found if holds(p)]

@@ -1,0 +1,170 @@
+"""docs/kv_cache.md from what benchmarks.kv_quality stored."""
+
+import dataclasses
+import textwrap
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from experiments import passkey
+from jaxq.kvcache import registry
+
+Groups = Mapping[str, Sequence[str]]
+
+
+_SELECTING = (
+  'What selects tokens:',
+  '',
+  '- `evict` really holds fewer tokens, in a prompt and while decoding; its',
+  '  policies are in jaxq/kvcache/scores.py, what tokens are kept in is',
+  '  `inner`, and `head_budgets=true` lets heads share their slots (AdaKV).',
+  '- `quest`, `double_sparsity` and `tokenselect` keep all and read few, which',
+  '  saves traffic and no bytes. Label channels of a model come from',
+  '  `python -m experiments.label_channels`, for',
+  '  `--kv_cache=double_sparsity:channels=FILE`.',
+  '- `tokenselect` and `evict:policy=streaming,reposition=true` number what',
+  '  they read anew, so that a text may be longer than the model was trained',
+  '  for.',
+  '- `dont_waste_bits` gives every token 2, 4, 8 or 16 bits; the network that',
+  '  chooses is trained by `python -m experiments.train_bit_controller`, and',
+  "  SmolLM2-135M's is part of the package.",
+)
+
+
+def page(stored: dict[str, Any], groups: Groups) -> str:
+  """The page, of groups {name: caches} of comparable ones."""
+  lines = [
+    '# Key/value caches',
+    '',
+    'Made by `python -m benchmarks.kv_quality`; do not edit.',
+    '',
+    '`--kv_cache=NAME` or `--kv_cache=NAME:field=value,field=value` chooses',
+    'the cache of `experiments.generate`, `evaluate` and `benchmark`:',
+    '',
+    *_members(),
+    '',
+    *_SELECTING,
+    '',
+  ]
+  if not stored['windows']:
+    return '\n'.join([*lines, 'Quality: not measured yet.', ''])
+  for window, table in sorted(
+    stored['windows'].items(), key=lambda x: int(x[0])
+  ):
+    lines += _quality(stored, int(window), table, groups)
+  if stored['beyond']:
+    lines += _beyond_lines(stored)
+  lines += _imbalance_lines(stored)
+  lines += ['', f'- {stored.get("run", "")}', '']
+  return '\n'.join(lines)
+
+
+def _quality(
+  stored: dict[str, Any],
+  window: int,
+  table: dict[str, Any],
+  groups: Groups,
+) -> list[str]:
+  settings = stored['settings']
+  text = (
+    f'{settings["model"]}, {table["text"]}, float32 activations, read in '
+    f'chunks of {settings["chunk"]} tokens: a token sees its own chunk as it '
+    'is and all before as the cache holds it. Without a cache: '
+    f'{table["float"]:.2f}. In brackets: paired 95 % bootstrap intervals over '
+    'blocks of 128 tokens, which hold for these articles. "All bits" are those '
+    'of the caches of all layers, scales, positions, kept queries and windows '
+    'in bfloat16 counted, per key or value element of the window; "stored" '
+    'less the newest tokens that are kept in full precision. Compare at equal '
+    'bits. What reads few tokens keeps all, and saves traffic, not bytes. '
+    'Passkey: the share of numbers found in texts of '
+    f'{settings["passkey"]} tokens, and the negative log-likelihood of their '
+    'tokens, where the text was read before the question came, and with the '
+    'question in sight. Milliseconds are of a decoding step of '
+    'the plain JAX form behind a window, batch 1, on a machine that did other '
+    'work as well.'
+  )
+  lines = [
+    f'## Quality, {window} tokens',
+    '',
+    textwrap.fill(text, 80),
+    '',
+    '| | stored bits | all bits | token perplexity | ratio to float | passkey, '
+    'asked after | asked before | ms |',
+    '|---|---:|---:|---:|---:|---:|---:|---:|',
+  ]
+  for group, texts in groups.items():
+    found = [text for text in texts if text in table['rows']]
+    if found:
+      lines.append(f'| **{group}** | | | | | | | |')
+    for name in found:
+      lines.append(_line(name, table['rows'][name], stored['passkey']))
+  return [*lines, '']
+
+
+def _line(text: str, row: dict[str, Any], passkeys: dict[str, Any]) -> str:
+  value, low, high = row['ratio']
+  ratio = f'{value:.3f} [{low:.3f}, {high:.3f}]'
+  found = passkeys.get(text, {})
+  shares = ' | '.join(_share(found.get(name)) for name in ('unasked', 'asked'))
+  return (
+    f'| `{text}` | {row["stored bits"]:.2f} | {row["all bits"]:.2f} | '
+    f'{row["perplexity"]:.2f} | {ratio} | {shares} | {row.get("ms", "")} |'
+  )
+
+
+def _share(row: Mapping[str, Any] | None) -> str:
+  """'0.90 [0.60, 0.98], 0.12': Wilson's interval, loss of the number."""
+  if not row:
+    return ''
+  hits, num = row['found']
+  low, high = passkey.wilson(hits, num)
+  return f'{hits / num:.2f} [{low:.2f}, {high:.2f}], {row["nll"]:.2f}'
+
+
+def _beyond_lines(stored: dict[str, Any]) -> list[str]:
+  lines = [
+    '## Beyond the trained window',
+    '',
+    'Numbers found in texts longer than the model was trained for, and the',
+    'negative log-likelihood of their tokens.',
+    '',
+    '| | found |',
+    '|---|---:|',
+  ]
+  for text, row in stored['beyond'].items():
+    lines.append(f'| `{text}` | {_share(row)} |')
+  return [*lines, '']
+
+
+def _imbalance_lines(stored: dict[str, Any]) -> list[str]:
+  norms = (
+    'Largest / smallest norm of the 32 consecutive keys that share a scale, in '
+    'the first window: of all heads together, and of one head. It is what '
+    'OScaR mends.'
+  )
+  lines = [
+    '## Token norm imbalance',
+    '',
+    textwrap.fill(norms, 80),
+    '',
+    '| layer | median | largest | largest / median norm | one head, median | '
+    'one head, largest |',
+    '|---:|---:|---:|---:|---:|---:|',
+  ]
+  for i, row in enumerate(stored.get('imbalance', [])):
+    lines.append(
+      f'| {i} | ' + ' | '.join(f'{value:.2f}' for value in row.values()) + ' |'
+    )
+  return lines
+
+
+def _members() -> list[str]:
+  """A table of the caches and their fields."""
+  lines = ['| name | fields and defaults |', '|---|---|']
+  for name, config in registry.CACHES.items():
+    made: Any = config
+    fields = ', '.join(
+      f'`{field.name}={getattr(made, field.name)}`'
+      for field in dataclasses.fields(made)
+    )
+    lines.append(f'| `{name}` | {fields} |')
+  return lines

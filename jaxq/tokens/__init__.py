@@ -1,0 +1,1 @@
+"""Token reduction: fewer tokens for the rest of a model to read."""

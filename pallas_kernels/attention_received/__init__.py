@@ -1,0 +1,1 @@
+"""How much attention each key received, without the attention weights."""

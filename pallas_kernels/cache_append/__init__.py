@@ -1,0 +1,1 @@
+"""cache_append: a new token into a cache, in place."""

@@ -1,0 +1,1 @@
+"""decode_attention: a few new queries against a long, stored cache."""

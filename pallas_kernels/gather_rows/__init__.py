@@ -1,0 +1,1 @@
+"""Rows of an array by index, zeros where the index is none."""

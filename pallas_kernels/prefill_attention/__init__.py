@@ -1,0 +1,1 @@
+"""prefill_attention: many new queries, tile by tile; what keys receive."""

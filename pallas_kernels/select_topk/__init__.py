@@ -1,0 +1,1 @@
+"""select_topk: the places of the largest scores of a row."""

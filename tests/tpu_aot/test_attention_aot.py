@@ -1,0 +1,126 @@
+"""The attention kernels compile for TPUs that are not there.
+
+A cheap case of each; caches are long enough that a copy of one would show.
+"""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import pytest
+from absl.testing import absltest, parameterized
+
+from pallas_kernels import ahead_of_time, stored, targets
+from pallas_kernels.cache_append import api as append_api
+from pallas_kernels.decode_attention import api as decode_api
+from pallas_kernels.prefill_attention import api as prefill_api
+from pallas_kernels.select_topk import api as topk_api
+
+pytestmark = pytest.mark.slow
+KERNEL = 'pallas_mosaic_tpu'
+B, S = 1, 16384
+BF16 = jnp.bfloat16
+
+
+def nbytes(shapes):
+  """Of (shape, dtype)s."""
+  return sum(math.prod(s) * jnp.dtype(d).itemsize for s, d in shapes)
+
+
+class AttentionAotTest(parameterized.TestCase):
+  def compile(self, chip, f, shapes, **options):
+    try:
+      device = ahead_of_time.devices(targets.get(chip).topology)[0]
+    except NotImplementedError as e:
+      self.skipTest(str(e))
+    sharding = jax.sharding.SingleDeviceSharding(device)
+    arrays = [jax.ShapeDtypeStruct(*s, sharding=sharding) for s in shapes]
+    return jax.jit(f, **options).lower(*arrays).compile().memory_analysis()
+
+  @parameterized.parameters(
+    ('v6e', 16, 2, 128),  # In rows.
+    ('v5p', 8, 4, 128),
+    ('v5e', 16, 3, 64),  # In lanes.
+    ('tpu7x', 4, 2, 128),
+    ('v5e', 2, 2, 128),
+  )
+  def test_decode(self, chip, bits, Hkv, D):
+    codes = BF16 if bits == 16 else jnp.uint8
+    width = D * min(bits, 8) // 8
+    names = ['codes', 'scale', 'offset'][: 1 if bits == 16 else 3]
+    sides, shapes = [], []
+    for name in 'kv':
+      scale = (B, S, Hkv, 1)
+      if bits == 2:  # As KIVI has them, with norms.
+        scale = (B, S // 32, Hkv, D) if name == 'k' else (B, S, Hkv, D // 32)
+      kinds = [((B, S, Hkv, width), codes), (scale, 'float16')]
+      kinds.append(kinds[1])
+      sides.append(dict(zip(names, kinds, strict=False)))
+      if bits == 2 and name == 'k':
+        sides[0]['norm'] = ((B, S, 1, 1), jnp.float32)
+      shapes += sides[-1].values()
+
+    def f(q, lengths, *leaves):
+      leaves = iter(leaves)
+      k, v = (
+        stored.Stored(**{n: next(leaves) for n in side}, bits=bits)
+        for side in sides
+      )
+      return decode_api.decode_attention(
+        q, k, v, lengths, implementation=KERNEL, chip=chip
+      )
+
+    q = ((B, 1, 4 * Hkv, D), BF16)
+    memory = self.compile(chip, f, [q, ((B,), jnp.int32), *shapes])
+    # Nothing of the size of codes; float16 scales are seen as integers.
+    self.assertLess(memory.temp_size_in_bytes, nbytes(shapes) // 3)
+
+  def test_decode_of_pages(self):
+    pool = ((S // 64, 64, 8, 128), BF16)
+
+    def f(q, lengths, table, k, v):
+      k, v = stored.Stored(codes=k), stored.Stored(codes=v)
+      return decode_api.decode_attention(
+        q, k, v, lengths, table=table, implementation=KERNEL, chip='v5e'
+      )
+
+    i32 = jnp.int32
+    shapes = [((2, 1, 32, 128), BF16), ((2,), i32), ((2, S // 128), i32)]
+    memory = self.compile('v5e', f, [*shapes, pool, pool])
+    self.assertLess(memory.temp_size_in_bytes, nbytes([pool]) // 8)
+
+  @parameterized.parameters(
+    ('v5e', (8, 128), 'bfloat16'), ('v6e', (8, 32), 'uint8')
+  )
+  def test_append_is_in_place(self, chip, sizes, dtype):
+    cache = ((2, S, *sizes), dtype)
+    f = functools.partial(
+      append_api.cache_append, implementation=KERNEL, chip=chip
+    )
+    shapes = [cache, ((2, *sizes), dtype), ((2,), jnp.int32)]
+    memory = self.compile(chip, f, shapes, donate_argnums=0)
+    self.assertEqual(memory.alias_size_in_bytes, nbytes([cache]))
+    self.assertLess(memory.temp_size_in_bytes, nbytes([cache]) // 8)
+
+  def test_prefill(self):
+    q, kv = ((1, 1024, 8, 128), BF16), ((1, 1024, 2, 128), BF16)
+
+    def f(q, k, v):
+      options = {'implementation': KERNEL, 'chip': 'v5e', 'window': 700}
+      out, lse = prefill_api.prefill_attention(q, k, v, **options)
+      return out, prefill_api.received(q, k, lse, **options)
+
+    memory = self.compile('v5e', f, [q, kv, kv])
+    scores = 4 * 8 * 1024 * 1024
+    self.assertLess(memory.temp_size_in_bytes, scores // 2)
+
+  def test_select_topk(self):
+    f = functools.partial(
+      topk_api.select_topk, k=256, implementation=KERNEL, chip='v5e'
+    )
+    self.compile('v5e', f, [((1, 8, S), jnp.float32)])
+
+
+if __name__ == '__main__':
+  absltest.main()
