@@ -9,6 +9,7 @@ from unittest import mock
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from absl.testing import absltest, parameterized
 from tokenizers import Tokenizer
 from tokenizers import models as tokenizer_models
@@ -253,6 +254,7 @@ class RunTest(parameterized.TestCase):
       )
 
 
+@pytest.mark.slow  # One JAX is enough: other tests run each method on both.
 class MethodsTest(parameterized.TestCase):
   """Each method, calibrated once: stopped, stored, loaded and exported."""
 
