@@ -16,19 +16,13 @@ import pathlib
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from absl import flags
 
 from experiments import cli, results
 
 FLAGS = flags.FLAGS
-flags.DEFINE_string('work', '/tmp/jaxq_quality', 'Where the runs write.')
-flags.DEFINE_string('store', 'docs/quality.json', 'The stored results.')
-flags.DEFINE_string('page', 'docs/quality.md', 'The page made from them.')
-flags.DEFINE_list('only', [], 'Settings to run, such as W4g64; default all.')
-flags.DEFINE_multi_string('row', [], "Rows to run, such as 'W4, GPTQ'.")
-flags.DEFINE_bool('rerun', False, 'Run rows that are stored already.')
 
 COMMON = ('--model=smollm2-135m', '--eval_window=2048', '--eval_tokens=8192')
 DATA_FREE = ('--sequences=8',)  # Nothing is learned from them.
@@ -211,30 +205,72 @@ YARDSTICK = 'W4g64, GPTQ'
 SEQUENCE_LENGTH = 512
 
 
+def define_flags(
+  store: str, page: str, values: flags.FlagValues = FLAGS
+) -> None:
+  """The flags of a table, with where it is by default; `values` takes them."""
+  for name, default, text in (
+    ('work', '/tmp/jaxq_quality', 'Where the runs write.'),
+    ('store', store, 'The stored results.'),
+    ('page', page, 'The page made from them.'),
+  ):
+    flags.DEFINE_string(name, default, text, values)
+  flags.DEFINE_list(
+    'only', [], 'Settings to run, such as W4g64; default all.', values
+  )
+  flags.DEFINE_multi_string(
+    'row', [], "Rows to run, such as 'W4, GPTQ'.", values
+  )
+  flags.DEFINE_bool('rerun', False, 'Run rows that are stored already.', values)
+
+
 def main(argv: Sequence[str]) -> None:
   """Runs what is missing and writes the page."""
   del argv
+  stored = run(
+    {
+      f'{setting}, {method}': [*COMMON, *SETTINGS[setting], *extra]
+      for setting, method, extra in ROWS
+    }
+  )
+  results.write_text(FLAGS.page, page(stored))
+
+
+def run(rows: Mapping[str, list[str]]) -> dict[str, dict]:
+  """What is stored, after running the rows that were asked for and are missing.
+
+  Args:
+    rows: {name: flags}; --only goes by the parts of a name between commas.
+
+  Raises:
+    ValueError: --row names none of them.
+  """
   stored = load(FLAGS.store)
-  for setting, method, extra in ROWS:
-    name = f'{setting}, {method}'
-    arguments = [*COMMON, *SETTINGS[setting], *extra]
-    if FLAGS.only and setting not in FLAGS.only:
+  if unknown := sorted(set(FLAGS.row) - set(rows)):
+    raise ValueError(
+      f'--row={unknown[0]!r}; allowed {list(rows)}. Use one of them.'
+    )
+  for name, arguments in rows.items():
+    if FLAGS.only and not set(FLAGS.only) & set(name.split(', ')):
       continue
     if FLAGS.row and name not in FLAGS.row:
       continue
-    if stored.get(name, {}).get('flags') == arguments and not FLAGS.rerun:
+    found = stored.get(name, {})
+    same = found.get('flags') == arguments and 'row' in found
+    if same and not FLAGS.rerun:
       continue
-    result = measure(name, arguments)
-    stored[name] = {'flags': arguments, **result}
+    made = {'flags': arguments, **measure(name, arguments)}
+    # Another process may have stored rows meanwhile.
+    stored = {**load(FLAGS.store), name: made}
     text = json.dumps(stored, indent=1, ensure_ascii=False)
     results.write_text(FLAGS.store, text + '\n')
-  results.write_text(FLAGS.page, page(stored))
+  return stored
 
 
 def page(stored: dict[str, dict]) -> str:
   """docs/quality.md from the stored rows, in the order of ROWS."""
   order = [f'{setting}, {method}' for setting, method, _ in ROWS]
-  found = [name for name in order if name in stored]
+  found = [name for name in order if 'row' in stored.get(name, {})]
   rows = [stored[name]['row'] for name in found]
   parsed = [stored[found[0]]['float'], *rows] if found else []
   table = results.to_markdown([_row(data) for data in parsed])
@@ -261,20 +297,34 @@ def page(stored: dict[str, dict]) -> str:
   )
 
 
-def cost_table(stored: dict[str, dict], names: Sequence[str]) -> str:
+def cost_table(
+  stored: dict[str, dict],
+  names: Sequence[str],
+  *,
+  yardstick: str = YARDSTICK,
+  length: int = SEQUENCE_LENGTH,
+  level: str = '##',
+) -> str:
   """What calibrating cost, beside GPTQ: Markdown, a row per measured name.
 
   The ratio is of processor time, which a machine that does other work as well
   stretches less than the seconds of a clock.
+
+  Args:
+    stored: {name: result}.
+    names: of those in the table.
+    yardstick: the name whose cost is one.
+    length: tokens of a sequence.
+    level: of the heading.
   """
   costs = {name: _metrics(stored[name]['row']) for name in names}
-  whole = costs.get(YARDSTICK, {}).get('processor time')
+  whole = costs.get(yardstick, {}).get('processor time')
   lines = [
-    '## Cost of calibration',
+    f'{level} Cost of calibration',
     '',
     'Of the whole process before evaluation, its imports and compiles as well;',
     'the machine did other work at the same time, so the ratio, to GPTQ '
-    f'({YARDSTICK}),',
+    f'({yardstick}),',
     'is of processor time.',
     '',
     '| row | tokens | seconds | processor seconds | ratio to GPTQ | peak GB |',
@@ -283,7 +333,7 @@ def cost_table(stored: dict[str, dict], names: Sequence[str]) -> str:
   for name, cost in costs.items():
     if 'processor time' not in cost:
       continue
-    tokens = _sequences(stored[name]['flags']) * SEQUENCE_LENGTH
+    tokens = _sequences(stored[name]['flags']) * length
     seconds, used, memory = (cost[column] for column in COST)
     ratio = f'{used / whole:.2f}' if whole else ''
     lines.append(
@@ -304,13 +354,17 @@ def _sequences(arguments: Sequence[str]) -> int:
 
 
 def measure(name: str, arguments: list[str]) -> dict:
-  """One calibration in a fresh process -> what is stored of it."""
+  """One calibration in a fresh process -> what is stored of it.
+
+  That is {'run', 'float', 'row'}, or {'refused'}, why it cannot be.
+  """
   slug = ''.join(c if c.isalnum() else '_' for c in name)
   output = pathlib.Path(FLAGS.work) / slug
   command = [sys.executable, '-m', 'experiments.calibrate', *arguments]
   command.append(f'--output={output}')
   print('$', ' '.join(command), file=sys.stderr, flush=True)
-  subprocess.run(command, check=True, env=os.environ)
+  if refused := _call(command):
+    return {'refused': refused}
   log = pathlib.Path(f'{output}.run')
   result = results.load(log / 'results.json')
   reference, row = result.rows
@@ -327,6 +381,23 @@ def measure(name: str, arguments: list[str]) -> dict:
     'float': dataclasses.asdict(dataclasses.replace(reference, name='float')),
     'row': dataclasses.asdict(row),
   }
+
+
+def _call(command: list[str]) -> str:
+  """Runs it, showing what it says; the one line of its error, '' without."""
+  with subprocess.Popen(
+    command, env=os.environ, stderr=subprocess.PIPE, text=True
+  ) as process:
+    assert process.stderr is not None
+    line = ''
+    for line in process.stderr:
+      sys.stderr.write(line)
+  kind, _, message = line.strip().partition(': ')
+  if process.returncode == 1 and kind == 'error':
+    return message
+  if process.returncode:
+    raise subprocess.CalledProcessError(process.returncode, command)
+  return ''
 
 
 def _bits_per_weight(path: pathlib.Path) -> float:
@@ -355,4 +426,5 @@ def load(path: str) -> dict[str, dict]:
 
 
 if __name__ == '__main__':
+  define_flags('docs/quality.json', 'docs/quality.md')
   cli.run(main)

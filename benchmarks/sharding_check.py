@@ -19,12 +19,16 @@ changes the input of all blocks above, by far more than float rounding, and
 GPTQ amplifies it: the two runs part, as runs on two samples do, and only
 perplexities can be compared.
 
+With --flag=--reproducible both take the same sums in the same order: no code
+and no scale may differ, whatever --inputs.
+
 --double is the control: both runs in float64 (benchmarks/double_precision.py).
 If the codes that differ are ties of float32 sums and nothing else, hardly any
 is left.
 
 Exit code 1 if
 
+  - with --reproducible, anything differs,
   - scales differ by more than 1e-5 relative,
   - with --inputs=float, more than --max_columns of a block's columns differ,
   - token perplexities differ by more than --max_ratio relative.
@@ -129,7 +133,10 @@ def compare(
 
 
 def problems(
-  found: list[dict[str, Difference]], ratio: float, own_ties: bool
+  found: list[dict[str, Difference]],
+  ratio: float,
+  own_ties: bool,
+  reproducible: bool,
 ) -> list[str]:
   """What is more than float ties explain, in words; [] if nothing is.
 
@@ -137,12 +144,15 @@ def problems(
     found: of `compare`.
     ratio: of the perplexities.
     own_ties: whether differences of a block come of its own ties alone.
+    reproducible: whether there may be any.
   """
   out = []
   for i, linears in enumerate(found):
     scale = max(d.scale for d in linears.values())
     touched = sum(d.touched for d in linears.values())
     columns = sum(d.columns for d in linears.values())
+    if reproducible and (touched or scale):
+      out.append(f'blocks.{i}: {touched} columns differ, or scales ({scale})')
     if scale > MAX_SCALE:
       out.append(f'blocks.{i}: scales differ by {scale:.1e} > {MAX_SCALE}')
     if own_ties and touched > FLAGS.max_columns * columns:
@@ -229,8 +239,10 @@ def main(argv: Sequence[str]) -> int:
     f'{ratio.high - 1:.1e}); {windows.description}'
   )
   inputs = [f for f in passed_on if f.startswith('--inputs=')][-1]
-  wrong = problems(found, ratio.value, inputs == '--inputs=float')
-  print('\n'.join(wrong) or 'equal but for float ties')
+  reproducible = '--reproducible' in passed_on
+  wrong = problems(found, ratio.value, inputs == '--inputs=float', reproducible)
+  equal = 'equal' if reproducible else 'equal but for float ties'
+  print('\n'.join(wrong) or equal)
   return int(bool(wrong))
 
 

@@ -3,12 +3,12 @@ r"""Quantizes a model block by block, measures it and saves it.
   python -m experiments.calibrate \
       --flagfile=experiments/flags/smollm2_w4a16_gptq.flags
 
-The source is a packaged name (smollm2-135m, minilm-l6, vit-s14), a .gguf or
-.onnx file, or a Hugging Face directory: of a language model, a text encoder or
-a vision transformer, each calibrated and measured in its own way. The output is
-a directory that `experiments.evaluate`, `experiments.generate` and
-`models.load` read. A run that was killed goes on with the same command;
-OUTPUT.run/ keeps its log, its resolved flags and its results.
+The source is a packaged name (smollm2-135m, minilm-l6, vit-s14, whisper-base),
+a .gguf or .onnx file, or a Hugging Face directory: of a language model, a text
+encoder, a vision transformer or a speech model, each calibrated and measured in
+its own way. The output is a directory that `experiments.evaluate`,
+`experiments.generate` and `models.load` read. A run that was killed goes on with
+the same command; OUTPUT.run/ keeps its log, its resolved flags and its results.
 """
 
 import dataclasses
@@ -95,11 +95,14 @@ flags.DEFINE_multi_string(
 flags.DEFINE_string(
   'data',
   None,
-  'Calibration text (packaged name, .txt, .jsonl or folder) or images. '
-  'Default: wiki-sample:calibration, photos:calibration for images.',
+  'Calibration text (packaged name, .txt, .jsonl or folder), images or speech. '
+  'Default: wiki-sample:calibration, photos:calibration, speech:calibration.',
 )
 flags.DEFINE_integer(
-  'sequences', 64, 'Calibration sequences, passages or images.', lower_bound=1
+  'sequences',
+  64,
+  'Calibration sequences, passages, images or clips.',
+  lower_bound=1,
 )
 flags.DEFINE_integer(
   'sequence_length',
@@ -128,6 +131,12 @@ flags.DEFINE_string(
   '',
   'Device mesh, as in data:2,model:4. Default: one device; of several '
   'processes all.',
+)
+flags.DEFINE_bool(
+  'reproducible',
+  False,
+  'The same bits on any mesh: each device takes one sequence at a time and '
+  'solves all, so only forward passes are shared out. Sets --batch_size.',
 )
 flags.DEFINE_bool('evaluate', True, 'Measure the model before and after.')
 flags.DEFINE_string(
@@ -168,10 +177,17 @@ def main(argv: Sequence[str]) -> int | None:
   allocation = mixed.load(FLAGS.bits_from) if FLAGS.bits_from else None
   built = recipe.build(FLAGS.method, scheme, FLAGS.set, allocation)
   if planning.asked():
+    if FLAGS.reproducible:
+      raise ValueError(
+        '--reproducible --plan: a plan is of blocks that are cut over the '
+        'mesh. Leave one of the two out.'
+      )
     job = _planned(built, allocation)
     return planning.run(job, 'experiments.calibrate')
   batch_size = min(FLAGS.batch_size, FLAGS.sequences)
   mesh = mesh_lib.choose(FLAGS.mesh, batch_size)
+  if FLAGS.reproducible:
+    batch_size = 1 if mesh is None else mesh.size
   model: Any = models.open_model(FLAGS.model, lazy=mesh is not None)
   if allocation is not None:
     model = mixed.LabelledModel(model, allocation)
@@ -180,6 +196,7 @@ def main(argv: Sequence[str]) -> int | None:
     inputs=FLAGS.inputs,
     experts=FLAGS.experts,
     ignore=tuple(FLAGS.ignore),
+    reproducible=FLAGS.reproducible,
   )
   recipe.check_groups(
     scheme, model.block_at(0).without(config.ignore, 0), model.block_params(0)

@@ -256,6 +256,7 @@ class JaxqLM(model_lib.TemplateLM):
       max_new_tokens=int(given[0]) if given else self._max_gen_toks,
       sampling=sampling(settings),
       seed=self._seed,
+      mesh=self._mesh,
       progress=progress,
     )
 

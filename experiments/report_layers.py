@@ -1,9 +1,10 @@
-"""The report's sections on blocks, weights, activations and sensitivity.
+"""The report's sections on blocks, weights, activations, experts, sensitivity.
 
 Each is a function of a run folder's data that returns HTML, or '' where the run
 has nothing for it.
 """
 
+import statistics
 from collections.abc import Sequence
 
 from experiments import report_charts as charts
@@ -229,6 +230,53 @@ def _profiles(
       f'</figcaption>{parts.scroll(drawn)}</figure>'
     )
   return ''.join(made)
+
+
+def experts(run: run_folder.RunData) -> str:
+  """How many calibration tokens were routed to the experts of each block."""
+  found = {
+    block['index']: sorted(block['expert_tokens'])
+    for block in run.blocks
+    if block.get('expert_tokens')
+  }
+  if not found:
+    return ''
+  least = [counts[0] for counts in found.values()]
+  median = [statistics.median(counts) for counts in found.values()]
+  most = [counts[-1] for counts in found.values()]
+  series = [
+    charts.Series(name='most', kind='s3', values=most),
+    charts.Series(name='median', kind='s2', values=median),
+    charts.Series(name='least', kind='s1', values=least),
+  ]
+  drawn = charts.lines(
+    series,
+    list(found),
+    label='Calibration tokens routed to an expert, by block',
+    unit='tokens',
+    zero=True,
+    name='experts',
+  )
+  head = ['block', 'experts', 'least', 'median', 'most', 'without any']
+  body = [
+    [
+      str(index),
+      str(len(counts)),
+      f'{counts[0]:,}',
+      f'{statistics.median(counts):,g}',
+      f'{counts[-1]:,}',
+      str(counts.count(0)),
+    ]
+    for index, counts in found.items()
+  ]
+  return parts.section(
+    'Did every expert see enough tokens?',
+    'Calibration tokens routed to the experts of each block. An expert that '
+    'saw few is fitted to few: give more --sequences, or --experts=all.',
+    charts.legend([(s.name, s.kind) for s in reversed(series)])
+    + parts.scroll(drawn)
+    + parts.details('The numbers', parts.table(head, body, 'experts')),
+  )
 
 
 def sensitivity(run: run_folder.RunData) -> str:

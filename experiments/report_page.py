@@ -49,6 +49,7 @@ def render(
     report_layers.outputs(run, others),
     report_layers.weights(run),
     report_layers.channels(run),
+    report_layers.experts(run),
     report_layers.sensitivity(run),
     token_pictures.section(run.path),
     _cost(run),

@@ -5,7 +5,6 @@ checks; a field left at its default is Llama's.
 """
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -250,14 +249,6 @@ def _scaling(config: Mapping[str, Any]) -> rope_lib.Scaling | None:
   if kind == 'dynamic':  # Its factor multiplies the length of the config.
     original = longest
   factor = float(scaling.get('factor', longest / original))
-  temperature = scaling.get('attention_factor')
-  if temperature is None and kind == 'yarn':
-    whole, part = scaling.get('mscale'), scaling.get('mscale_all_dim')
-    temperature = _temperature(factor, 1.0)
-    if whole and part:
-      temperature = _temperature(factor, whole) / _temperature(factor, part)
-  if temperature is None and kind == 'longrope' and factor > 1:
-    temperature = math.sqrt(1 + math.log(factor) / math.log(original))
   return rope_lib.Scaling(
     kind=kind,
     factor=factor,
@@ -267,12 +258,7 @@ def _scaling(config: Mapping[str, Any]) -> rope_lib.Scaling | None:
     fast=float(scaling.get('beta_fast') or 32.0),
     slow=float(scaling.get('beta_slow') or 1.0),
     truncate=bool(scaling.get('truncate', True)),
-    temperature=1.0 if temperature is None else float(temperature),
+    temperature=hf_config.rope_temperature(config),
     short=tuple(map(float, scaling.get('short_factor', ()))),
     long=tuple(map(float, scaling.get('long_factor', ()))),
   )
-
-
-def _temperature(factor: float, scale: float) -> float:
-  """yarn's multiplier of cos and sin."""
-  return 1.0 if factor <= 1 else 0.1 * scale * math.log(factor) + 1.0

@@ -30,7 +30,7 @@ from jax.experimental.pallas import tpu as pltpu
 BITS = (1, 2, 4, 8)
 FORMS = ('native', 'words')
 _MAX_TILE = 128
-_BYTE_ROWS = 32  # Rows of a register of bytes.
+BYTE_ROWS = 32  # Rows of a register of bytes.
 _NATIVE = {2: 'int2', 4: 'int4', 8: 'int8'}
 
 
@@ -75,7 +75,7 @@ class Planar:
   @property
   def unit(self) -> int:
     """Rows unpacked at a time; 0 if whole registers of bytes never fit K."""
-    least = _BYTE_ROWS * self.fields
+    least = BYTE_ROWS * self.fields
     sizes = [s for s in (256, 128, 64, 32) if s >= least and self.K % s == 0]
     sizes = [s for s in sizes if s % self.tile == 0 and s >= self.tile]
     if not sizes:
@@ -184,7 +184,7 @@ def unpack_int8(packed: jax.Array, layout: Planar) -> jax.Array:
 
 def fields_fill_registers(layout: Planar) -> bool:
   """Whether a field of a tile is whole registers of bytes."""
-  return layout.bits == 8 or layout.tile // layout.fields % _BYTE_ROWS == 0
+  return layout.bits == 8 or layout.tile // layout.fields % BYTE_ROWS == 0
 
 
 def offset_int8(layout: Planar) -> float:

@@ -98,12 +98,15 @@ class CalibrationConfig:
   ignore: linears left in float (BlockSpec.without).
   experts: whether the statistics of an expert are of the tokens 'routed' to it
     or of 'all'; a report counts the routed ones either way.
+  reproducible: the same bits on any mesh (steps.Steps); batch_size must be its
+    number of devices, 1 without one.
   """
 
   batch_size: int = 8
   inputs: str = 'quantized'
   ignore: tuple[str, ...] = ()
   experts: str = 'routed'
+  reproducible: bool = False
 
   def __post_init__(self):
     if self.batch_size < 1:
@@ -192,6 +195,7 @@ class Calibrator:
       model.bridge,
       () if mesh is None else model.rules(mesh),
       mesh,
+      config.reproducible,
     )
     self._probe = probe.Probe(model, self.steps, config.batch_size)
     self._expert_tokens: tuple[int, ...] = ()
@@ -335,7 +339,14 @@ class Calibrator:
         f'{count} calibration sequences do not make whole batches of '
         f'batch_size={size}; choose a batch_size that divides {count}.'
       )
-    if self._mesh is not None:
+    devices = 1 if self._mesh is None else self._mesh.size
+    if self._config.reproducible and size != devices:
+      raise ValueError(
+        f'reproducible: batch_size={size} on {devices} devices; each takes one '
+        f'sequence at a time. Set batch_size={devices}, and a number of '
+        'sequences that it divides.'
+      )
+    if self._mesh is not None and not self._config.reproducible:
       mesh_lib.check_divides('batch_size', size, self._mesh, 'data')
     names = [
       blocks.name_of(i, linear.path)

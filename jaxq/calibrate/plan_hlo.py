@@ -3,7 +3,9 @@
 XLA's own cost analysis counts the body of a loop once, and a model is a loop
 over its layers. Here every computation counts as often as it runs: a loop's
 body as often as the loop turns, which XLA writes beside loops whose number of
-turns it knows (else its condition is read, else it counts once).
+turns it knows (else its condition is read, else it counts once). A collective
+that TPU7x hands to its SparseCores stands in a computation of its own, which a
+custom call names.
 
 Counted are multiply-adds, twice, of matmuls, convolutions (as which TPUs write
 matmuls) and factorizations, by the format of their operands; elementwise work
@@ -25,6 +27,7 @@ _LINE = re.compile(r'^\s+(?:ROOT\s+)?%?([\w.-]+) = (.*)$')
 _OPCODE = re.compile(r'(?:^|\s)([a-z][a-z0-9-]*)\(')
 _SHAPE = re.compile(r'\b([a-z]+\d+[a-z0-9]*|pred)\[([\d,]*)\]')
 _CALLED = re.compile(r'\b(body|condition|calls|to_apply)=%?([\w.-]+)')
+_LISTED = re.compile(r'\bcalled_computations=\{([^}]*)\}')
 _TURNS = re.compile(r'known_trip_count\W+n\W+(\d+)')
 _FORMATS = {'s4': 'int4', 'u4': 'int4', 's8': 'int8', 'u8': 'int8'}
 
@@ -149,7 +152,7 @@ def _counts(
         found = _turns(instruction, computations)
         unknown += found is None
         turns = 1 if found is None else found
-      for _, callee in _CALLED.findall(instruction.text):
+      for callee in _callees(instruction):
         if callee in counts:
           counts[callee] += counts[name] * turns
   return counts, unknown
@@ -176,8 +179,16 @@ def _reached(
   """The instructions of a computation and of those it calls."""
   for instruction in computations.get(name, ()):
     yield instruction
-    for _, callee in _CALLED.findall(instruction.text):
+    for callee in _callees(instruction):
       yield from _reached(callee, computations)
+
+
+def _callees(instruction: _Instruction) -> Iterator[str]:
+  """Names of the computations that an instruction runs."""
+  for _, name in _CALLED.findall(instruction.text):
+    yield name
+  for names in _LISTED.findall(instruction.text):
+    yield from re.findall(r'[\w.-]+', names)
 
 
 def _collectives(

@@ -26,9 +26,16 @@ from jaxq.calibrate import plan_hlo
 from jaxq.numerics import chip_specs
 
 _UNITS = {'': 1, 'K': 2**10, 'M': 2**20, 'G': 2**30, 'T': 2**40}
-# Options under which a jaxlib reads what a newer libtpu made.
+_FUSION = {'xla_tpu_enable_async_collective_fusion': 'false'}
+_OFFLOAD = {  # Collectives of TPU7x run on its SparseCores.
+  f'xla_tpu_enable_sparse_core_collective_offload_{kind}': 'false'
+  for kind in ('all_gather', 'all_reduce', 'reduce_scatter')
+}
+# Options under which a jaxlib reads what a newer libtpu made; a libtpu that
+# does not know one of them refuses it at once.
 _READABLE: tuple[dict[str, str | bool], ...] = (
-  {'xla_tpu_enable_async_collective_fusion': 'false'},
+  {**_FUSION, **_OFFLOAD},
+  {**_FUSION},
   {'xla_tpu_enable_latency_hiding_scheduler': 'false'},
 )
 _FASTER = {'int4': ('int4', 'int8'), 'int8': ('int8',), 'fp8': ('fp8',)}

@@ -10,8 +10,8 @@ outliers before and are after. Nothing of it flows back into the calibration.
 The float stream is its own, so that a rotated model is compared with the model
 as it was.
 
-Costs four forward passes of a block over two samples (one per device of the
-mesh's `data`), and where stages come before the rounding one, the memory of one
+Costs four forward passes of a block over two samples (one per part of a batch
+on a mesh), and where stages come before the rounding one, the memory of one
 more float block.
 """
 
@@ -83,11 +83,11 @@ class Probe:
     self._x: Any = None
     self._taken: Any = None
     mesh = steps.mesh
-    size = 1 if mesh is None else dict(mesh.shape).get('data', 1)
+    size = steps.batch_shards
     self._samples = size if size > 1 else min(SAMPLES, batch_size)
     unchanged = transform_lib.Transform._field_defaults['outside']
     self._one_basis = all(s.outside is unchanged for s in steps.stages)
-    batch = None if mesh is None else mesh_lib.batch_sharding(mesh)
+    batch = steps.batch
     whole = None if mesh is None else mesh_lib.replicated(mesh)
     # Of its own, as a rotated embedding may have another structure.
     self._embed = jax.jit(model.embed, out_shardings=batch)

@@ -119,6 +119,7 @@ def fingerprint(
     'inputs': config.inputs,
     'ignore': config.ignore,
     'experts': config.experts,
+    'reproducible': config.reproducible,
     'mesh': None if mesh is None else dict(mesh.shape),
   }
   if jax.process_count() > 1:  # The order of sums depends on it.

@@ -11,6 +11,13 @@ On a mesh it is sharded over `data` and parameters by the model's rules; states
 are replicated. While a stage is applied kernels are sharded by column, since
 methods solve columns independently, row by row: no value crosses devices.
 
+A matmul or a sum that is cut over devices is taken in another order, and the
+last bits of float32 with it; GPTQ turns them into other codes. `reproducible`
+steps cut nothing but the batch, of which every device has one sequence: blocks
+lie whole on every device, each statistic is updated sequence by sequence, and
+every device solves all. Then a mesh gives the bits of one device. It costs what
+it says: only the forward passes are shared out.
+
 `Steps.lower` lowers all of them from shapes alone, for devices that need not be
 there: a plan, and the test that they compile for a TPU.
 """
@@ -21,7 +28,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxq.nn import blocks, taps
 from jaxq.numerics import binary, qarray
@@ -40,6 +47,8 @@ class Steps:
   Attributes:
     stages: single methods, in order.
     mesh, rules: where parameters lie; None and () are one device.
+    batch: where batches lie; None is one device.
+    batch_shards: how many parts a batch is cut into.
     embed: (outside, batch) -> carry.
     bridge: (index, outside, carry) -> carry.
     observe: one per stage, (block, variables, carry, states) -> states; donates
@@ -56,13 +65,19 @@ class Steps:
     bridge: Callable[[int, Params, blocks.Carry], blocks.Carry] | None = None,
     rules: mesh_lib.Rules = (),
     mesh: Mesh | None = None,
+    reproducible: bool = False,
   ):
     self.stages = tuple(stages)
     self.mesh = mesh
-    self.rules = rules
+    self.rules = () if reproducible else rules
+    self._solve_rules = () if reproducible else SOLVE_RULES
     whole = None if mesh is None else mesh_lib.replicated(mesh)
     batch = None if mesh is None else mesh_lib.batch_sharding(mesh)
-    self._batch = batch
+    self.batch_shards = 1 if mesh is None else mesh.shape['data']
+    if reproducible and mesh is not None:
+      batch = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+      self.batch_shards = mesh.size
+    self.batch = batch
     # A partial is a function of its own, with a cache of its own.
     make: Any = lambda f, *args, **how: jax.jit(
       functools.partial(f, *args), **how
@@ -78,7 +93,7 @@ class Steps:
     self.forward_float = make(_forward, **forward)
     self.observe = [
       make(
-        _observe,
+        *((_observe_in_order, batch) if reproducible else (_observe,)),
         static_argnames='block',
         donate_argnames='states',
         out_shardings=whole,
@@ -86,7 +101,15 @@ class Steps:
       for _ in stages
     ]
     self.apply = [
-      make(_apply, stage.name, stage.apply, mesh, static_argnums=0)
+      make(
+        _apply,
+        stage.name,
+        stage.apply,
+        mesh,
+        self._solve_rules,
+        whole if reproducible else None,
+        static_argnums=0,
+      )
       for stage in stages
     ]
 
@@ -114,15 +137,15 @@ class Steps:
 
   def place_to_solve(self, variables: Params) -> Any:
     """Puts parameters where a stage is applied to them."""
-    return mesh_lib.place(variables, SOLVE_RULES, self.mesh)
+    return mesh_lib.place(variables, self._solve_rules, self.mesh)
 
   def place_states(self, states: Params) -> Any:
     """Puts observer states, the same on all devices."""
     return mesh_lib.place(states, (), self.mesh)
 
   def place_batch(self, batch: Any) -> Any:
-    """Puts one batch, sharded over `data`."""
-    sharding = self._batch
+    """Puts one batch."""
+    sharding = self.batch
     if sharding is None:
       return jax.device_put(batch)
     return jax.tree.map(lambda a: arrays.put(a, sharding), batch)
@@ -166,7 +189,7 @@ class Steps:
     """
     x, every = (
       jax.tree.map(
-        lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=self._batch),
+        lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=self.batch),
         tree,
       )
       for tree in (carry, carry if streams is None else streams)
@@ -183,7 +206,7 @@ class Steps:
           block, placed, x, states
         )
       stats = _stats_of(stage, block, states, every)
-      solve = self._abstract(variables, SOLVE_RULES)
+      solve = self._abstract(variables, self._solve_rules)
       arguments = (block, solve['params'], solve['quant'], stats)
       lowered[f'apply_{stage.name}'] = self.apply[i].lower(*arguments)
       made = self.apply[i].eval_shape(*arguments)
@@ -312,20 +335,63 @@ def _observe(
     return block.observe({**variables, 'taps': states}, carry)[1]
 
 
+def _observe_in_order(
+  batch: NamedSharding | None,
+  block: blocks.BlockSpec,
+  variables: Params,
+  carry: blocks.Carry,
+  states: Params,
+) -> Params:
+  """As `_observe`, one sequence after the other, on every device alike."""
+  sequences = len(blocks.stream(carry))
+  seen = dict(taps.leaves(block.tapped(variables, carry)))
+  xs = {}
+  for path, x in seen.items():
+    if taps.get_path(states, path) is None:
+      continue
+    if x.ndim < 2 or len(x) != sequences:
+      raise ValueError(
+        f'reproducible: {path} sees {x.shape}, not {sequences} sequences; '
+        'the experts of a sparse block mix them. Leave --reproducible out.'
+      )
+    if batch is not None:
+      # Made one sequence to a device, and only then given to all of them.
+      x = jax.lax.with_sharding_constraint(x, batch)
+      x = jax.lax.with_sharding_constraint(x, mesh_lib.replicated(batch.mesh))
+    xs[path] = x
+
+  def update(i, states):
+    for path, x in xs.items():
+      x = jax.lax.dynamic_slice_in_dim(x, i, 1)
+      named = taps.get_path(states, path)
+      new = {name: state.update(x) for name, state in named.items()}
+      states = taps.set_path(states, path, new)
+    return states
+
+  # XLA would unroll a loop of one turn, and fuse what is in it otherwise.
+  count = jax.lax.optimization_barrier(jnp.int32(sequences))
+  with jax.named_scope('observe'):
+    return jax.lax.fori_loop(0, count, update, states)
+
+
 def _apply(
   name: str,
   apply: Any,
   mesh: Mesh | None,
+  rules: mesh_lib.Rules,
+  whole: NamedSharding | None,
   block: blocks.BlockSpec,
   params: Params,
   quant: Params,
   stats: transform_lib.Stats,
 ) -> tuple[Params, Params]:
   """A stage's apply, whose results lie as its arguments do."""
+  if whole is not None:  # Streams come as batches.
+    stats = jax.lax.with_sharding_constraint(stats, whole)
   with jax.named_scope(f'apply_{name}'):
     params, quant = apply(block, params, quant, stats)
-  params = mesh_lib.constrain(params, SOLVE_RULES, mesh)
-  return params, mesh_lib.constrain(quant, SOLVE_RULES, mesh)
+  params = mesh_lib.constrain(params, rules, mesh)
+  return params, mesh_lib.constrain(quant, rules, mesh)
 
 
 def _forward(

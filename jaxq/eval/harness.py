@@ -12,8 +12,7 @@ Padding lies behind every real token of a causal model, so no score sees it.
 The longest requests come first: what does not fit in memory fails at once, and
 the time left is overestimated rather than underestimated.
 
-On a mesh the rows of a scored batch are shared out over `data`; generation
-runs where the weights lie.
+On a mesh the rows of a batch, scored or generated, are shared out over `data`.
 """
 
 import dataclasses
@@ -128,6 +127,7 @@ def generate_until(
   max_new_tokens: int,
   sampling: sampling_lib.Sampling = sampling_lib.GREEDY,
   seed: int = 0,
+  mesh: jax.sharding.Mesh | None = None,
   progress: Progress | None = None,
 ) -> list[str]:
   """Continues prompts up to the first stop string, which is cut off.
@@ -144,11 +144,14 @@ def generate_until(
     max_new_tokens: at most so many.
     sampling: how tokens are chosen.
     seed: of the choice.
+    mesh: None, or rows are shared out over its axis 'data'.
     progress: called with (prompts done, their number).
 
   Raises:
-    ValueError: an empty prompt, or max_new_tokens not in 1..max_length - 1.
+    ValueError: an empty prompt, max_new_tokens not in 1..max_length - 1, or a
+      batch_size that the mesh does not divide.
   """
+  _check_mesh(config, mesh)
   room = config.max_length - max_new_tokens
   if max_new_tokens < 1 or room < 1:
     raise ValueError(
@@ -156,6 +159,8 @@ def generate_until(
       f'{config.max_length}; allowed 1..{config.max_length - 1}, as the prompt '
       'needs room. Ask for fewer tokens.'
     )
+  variables = batches.replicate(variables, mesh)
+  model = _by_rows(model, mesh)
   stops = [stop for stop in until if stop]
   kept = [list(prompt)[-room:] for prompt in prompts]
   keys = jax.random.split(jax.random.key(seed), max(len(kept), 1))
@@ -188,6 +193,40 @@ def generate_until(
 def bucket(length: int, least: int, most: int) -> int:
   """The padded length: a power of two >= least, or `most` if that is less."""
   return min(max(least, 1 << (length - 1).bit_length()), most)
+
+
+@functools.cache  # Equal models share their compilations.
+def _by_rows(
+  model: autoregressive.LanguageModel, mesh: jax.sharding.Mesh | None
+) -> autoregressive.LanguageModel:
+  """The model whose rows and caches are shared out over `data`."""
+  if mesh is None:
+    return model
+  free = jax.sharding.PartitionSpec.UNCONSTRAINED
+
+  def share(a: jax.Array, axis: int = 0) -> jax.Array:
+    axes = ['data' if i == axis else free for i in range(a.ndim)]
+    spec = jax.sharding.PartitionSpec(*axes)
+    sharding = jax.sharding.NamedSharding(mesh, spec)
+    return jax.lax.with_sharding_constraint(a, sharding)
+
+  def share_cache(cache: Any) -> Any:
+    lead = cache.length.shape  # (B,), layers in front of it.
+    return jax.tree.map(
+      lambda a: share(a, len(lead) - 1) if a.shape[: len(lead)] == lead else a,
+      cache,
+    )
+
+  def forward(variables, tokens, positions, caches):
+    x, caches = model.forward(
+      variables, share(tokens), share(positions), caches
+    )
+    caches = jax.tree.map(
+      share_cache, caches, is_leaf=lambda node: hasattr(node, 'length')
+    )
+    return share(x), caches
+
+  return dataclasses.replace(model, forward=forward)
 
 
 class _Row(NamedTuple):

@@ -13,8 +13,15 @@ llama.cpp computes, so `write` refuses a model that differs from it:
 
 Llama 3's rotary scaling is a tensor of divisors in GGUF: it is recognised by
 trying the parameters its releases have, and refused if none gives the divisors.
+
+llama.cpp multiplies cos and sin by rope.scaling.attn_factor, and under yarn by
+1 + ln(factor) / 10 as well; config.json's attention_factor is the product.
+
+Keys under the architecture's name that `read` never asks for are refused, but
+for those that change nothing.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -43,6 +50,29 @@ _KEYS = {
 _LARGEST = {'gemma2': 46, 'gemma3': 62}
 _WINDOWED = ('gemma2', 'gemma3', 'phi3')
 _LLAMA_3 = {'low_freq_factor': 1.0, 'high_freq_factor': 4.0}
+_ATTN_FACTOR = 'rope.scaling.attn_factor'
+# Keys that would change the maths -> the values under which they do not.
+_FIXED: dict[str, tuple[Any, ...]] = {
+  'attention.causal': (True,),
+  'attention.sliding_window_pattern': (6,),  # Gemma 3's.
+  'expert_gating_func': (1,),  # Softmax.
+  'expert_shared_count': (0,),
+  'expert_used_count': (0,),
+  'expert_weights_norm': (True,),
+  'expert_weights_scale': (0.0, 1.0),
+  'pooling_type': (0,),
+  'rope.scale_linear': (1.0,),
+  'rope.scaling.factor': (0.0, 1.0),
+  'rope.scaling.yarn_attn_factor': (1.0,),
+  'rope.scaling.yarn_ext_factor': (1.0,),
+  'rope.scaling.yarn_log_multiplier': (0.0,),
+}
+_HARMLESS = frozenset(
+  (
+    *('tensor_data_layout', 'rope.scaling.finetuned'),
+    'attention.layer_norm_epsilon',  # No architecture here has LayerNorms.
+  )
+)
 
 
 def read(
@@ -70,7 +100,10 @@ def read(
       'Use a model of one of these.'
     )
 
+  asked: set[str] = set()
+
   def get(key: str, default: Any = None) -> Any:
+    asked.add(key)
     return metadata.get(f'{arch}.{key}', default)
 
   config = {name: get(key) for name, key in _KEYS.items()}
@@ -97,6 +130,7 @@ def read(
   config |= _particular(arch, config, get, shapes, where)
   config = hf_config.read(config, where)
   _check_lengths(arch, config, get, where)
+  _check_keys(arch, metadata, asked, config, where)
   if ROPE_FREQS in shapes:
     config['rope_scaling'] = _llama3(config, tensor(ROPE_FREQS), where)
   return config
@@ -233,6 +267,21 @@ def _check_lengths(arch, config, get, where) -> None:
       )
 
 
+def _check_keys(arch, metadata, asked, config, where) -> None:
+  """Refuses what the file says of the model and was not asked for."""
+  given = {
+    key.removeprefix(f'{arch}.'): value
+    for key, value in metadata.items()
+    if key.startswith(f'{arch}.')
+  }
+  # What the sizes imply.
+  implied = {
+    'attention.sliding_window': (0, config['max_position_embeddings']),
+    'expert_feed_forward_length': (0, config['intermediate_size']),
+  }
+  hf_config.refuse_keys(given, asked, _FIXED | implied, _HARMLESS, arch, where)
+
+
 def _scaling(get, shapes, tensor, where) -> Config | None:
   """rope_scaling of the metadata; Llama 3's comes from its tensor."""
   kind = get('rope.scaling.type', 'none')
@@ -243,7 +292,7 @@ def _scaling(get, shapes, tensor, where) -> Config | None:
       'long_factor': tensor(LONG_FACTORS).tolist(),
       'short_factor': tensor(SHORT_FACTORS).tolist(),
       'original_max_position_embeddings': original,
-      'attention_factor': get('rope.scaling.attn_factor'),
+      'attention_factor': get(_ATTN_FACTOR),
     }
   if kind == 'none':
     return None
@@ -254,7 +303,11 @@ def _scaling(get, shapes, tensor, where) -> Config | None:
     )
   found = {'rope_type': kind, 'factor': get('rope.scaling.factor')}
   if kind == 'yarn':
+    temperature = get(_ATTN_FACTOR)
+    if temperature is not None and found['factor']:
+      temperature *= hf_config.yarn_temperature(found['factor'])
     found |= {
+      'attention_factor': temperature,
       'original_max_position_embeddings': original,
       'beta_fast': get('rope.scaling.yarn_beta_fast'),
       'beta_slow': get('rope.scaling.yarn_beta_slow'),
@@ -310,8 +363,11 @@ def _scaling_keys(config: Config) -> Metadata:
         found[f'yarn_{key}'] = float(scaling[key])
   if kind in ('yarn', 'longrope'):
     found['original_context_length'] = original
-  if scaling.get('attention_factor') is not None:
-    found['attn_factor'] = float(scaling['attention_factor'])
+    temperature = hf_config.rope_temperature(config)
+    if kind == 'yarn':  # Of which llama.cpp knows a part.
+      temperature /= hf_config.yarn_temperature(scaling['factor'])
+    if not math.isclose(temperature, 1.0, rel_tol=1e-6):
+      found['attn_factor'] = temperature
   return {f'rope.scaling.{k}': v for k, v in found.items() if v is not None}
 
 
@@ -352,6 +408,8 @@ def _check_fits(config: Config, arch: str) -> None:
     or (scaling == 'llama3' and arch != 'llama')
   ):
     reason = f'rotary scaling {scaling}'
+  if not (config['rope_scaling'] or {}).get('truncate', True):
+    reason = 'a yarn ramp that ends between channels (truncate=False)'
   if reason:
     raise NotImplementedError(
       f'export: the model has {reason}, which {arch} files of GGUF cannot '

@@ -13,6 +13,7 @@ of HARMLESS, which do not change what a trained model computes: none is ignored
 in silence.
 """
 
+import math
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -240,6 +241,34 @@ def read(raw: Mapping[str, Any], where: str) -> Config:
   if config.get('layer_types', ()) is None:
     config['layer_types'] = _layer_types(config)
   return config
+
+
+def rope_temperature(config: Mapping[str, Any]) -> float:
+  """What cos and sin are multiplied by, of a config that `read` gave.
+
+  attention_factor where it is given. Else yarn's 1 + ln(factor) / 10, with
+  mscale and mscale_all_dim the ratio of two such, and longrope's
+  sqrt(1 + ln(factor) / ln(original)); the other kinds have 1.
+  """
+  scaling = config.get('rope_scaling') or {}
+  if scaling.get('attention_factor') is not None:
+    return float(scaling['attention_factor'])
+  kind, longest = scaling.get('rope_type'), config['max_position_embeddings']
+  original = scaling.get('original_max_position_embeddings') or longest
+  factor = float(scaling.get('factor') or longest / original)
+  if kind == 'yarn':
+    whole, part = scaling.get('mscale'), scaling.get('mscale_all_dim')
+    if whole and part:
+      return yarn_temperature(factor, whole) / yarn_temperature(factor, part)
+    return yarn_temperature(factor)
+  if kind == 'longrope' and factor > 1:
+    return math.sqrt(1 + math.log(factor) / math.log(original))
+  return 1.0
+
+
+def yarn_temperature(factor: float, scale: float = 1.0) -> float:
+  """YaRN's own multiplier of cos and sin (arXiv 2309.00071, section 3.4)."""
+  return 1.0 if factor <= 1 else 0.1 * scale * math.log(factor) + 1.0
 
 
 def _one_spelling(raw: Mapping[str, Any], model_type: str) -> Config:

@@ -5,6 +5,7 @@ Kernels take plain arrays; this takes them out of QArrays and ActQuants.
   w integers or signs, x floating        weight_only_matmul
   both sides integers, or both fp8       quantized_matmul: x quantized by row
                                          inside, or beforehand if it is static
+  w a BinaryArray, x floating            binary_kernel, two calls of the first
 
 `choose` names what it picks: an implementation of pallas_kernels, or '' where
 jaxq.nn.matmul serves. On a CPU it is always ''.
@@ -14,7 +15,8 @@ from typing import Any
 
 import jax
 
-from jaxq.numerics import qarray
+from jaxq.nn import binary_kernel
+from jaxq.numerics import binary, qarray
 from pallas_kernels import planar
 from pallas_kernels.quantized_matmul import api as quantized
 from pallas_kernels.weight_only_matmul import api as weight_only
@@ -34,6 +36,8 @@ def choose(x: jax.Array, w: Any, act: Any, chip: str | None = None) -> str:
   """
   if why_not(w, act):
     return ''
+  if isinstance(w, binary.BinaryArray):
+    return binary_kernel.choose(x, w, chip)
   fields = _weight_fields(w)
   if act is None:
     name = weight_only.choose(x, w.qvalue, chip=chip, **fields)
@@ -46,7 +50,7 @@ def choose(x: jax.Array, w: Any, act: Any, chip: str | None = None) -> str:
 
 def matmul(
   x: jax.Array,
-  w: qarray.QArray,
+  w: Any,
   act: Any,
   *,
   chip: str | None = None,
@@ -66,6 +70,8 @@ def matmul(
   """
   if reason := why_not(w, act):
     raise NotImplementedError(f'kernel_matmul: {reason}')
+  if isinstance(w, binary.BinaryArray):
+    return binary_kernel.matmul(x, w, chip=chip, interpret=interpret)
   fields = _weight_fields(w)
   N = w.shape[1]
   symmetric = fields.pop('symmetric')
@@ -100,6 +106,8 @@ def matmul(
 
 def why_not(w: Any, act: Any) -> str:
   """Why no kernel takes these formats; '' if one does."""
+  if isinstance(w, binary.BinaryArray):
+    return binary_kernel.why_not(w, act)
   if type(w) is not qarray.QArray or w.qvalue.ndim != 2:
     return 'w must be a QArray of one matrix.'
   spec = w.spec

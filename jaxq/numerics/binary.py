@@ -130,18 +130,9 @@ def matmul(x: jax.Array, w: BinaryArray) -> jax.Array:
   Raises:
     ValueError: w's parts or x do not fit its shape.
   """
-  validate(w)
-  K, R = w.shape[0], w.r.shape[0]
-  if x.shape[-1] != K:
-    raise ValueError(
-      f'binary.matmul: x has {x.shape[-1]} channels, the kernel K={K} rows; '
-      'they must agree. Load the kernel that belongs to this layer.'
-    )
-  x = jnp.take(x, w.order[:, 0], axis=-1)
+  x_s, x_r = arrange(x, w)
   wide = (1,) * (x.ndim - 1) + (-1,)
   f32 = lambda a: a.astype(jnp.float32).reshape(wide)
-  x_s, x_r = x[..., : K - R], x[..., K - R :]
-  x_r = (x_r.astype(jnp.float32) * f32(w.r)).astype(x.dtype)
   total = jnp.sum(x_r, axis=-1, keepdims=True, dtype=jnp.float32)
   y = f32(w.alpha) * (2 * _dot(x_r, w.bits, 1) - total) + f32(w.mu) * total
   if w.salient is not None:
@@ -150,6 +141,27 @@ def matmul(x: jax.Array, w: BinaryArray) -> jax.Array:
     dot = _dot(x_s, w.salient, w.salient_bits)
     y = y + f32(w.scale) * (dot - f32(w.zero_point) * sum_s)
   return y.astype(x.dtype)
+
+
+def arrange(x: jax.Array, w: BinaryArray) -> tuple[jax.Array, jax.Array]:
+  """x (..., K) in the order of the stored rows: x_s (..., K - R), x_r (..., R).
+
+  What meets the signs is multiplied with r, and both are of x.dtype.
+
+  Raises:
+    ValueError: w's parts or x do not fit its shape.
+  """
+  validate(w)
+  K, R = w.shape[0], w.r.shape[0]
+  if x.shape[-1] != K:
+    raise ValueError(
+      f'binary.matmul: x has {x.shape[-1]} channels, the kernel K={K} rows; '
+      'they must agree. Load the kernel that belongs to this layer.'
+    )
+  x = jnp.take(x, w.order[:, 0], axis=-1)
+  x_s, x_r = x[..., : K - R], x[..., K - R :]
+  r = w.r.astype(jnp.float32).reshape((1,) * (x.ndim - 1) + (R,))
+  return x_s, (x_r.astype(jnp.float32) * r).astype(x.dtype)
 
 
 def dequantize(w: BinaryArray) -> jax.Array:

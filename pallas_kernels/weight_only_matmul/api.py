@@ -72,7 +72,8 @@ def weight_only_matmul(
     scale: (1, N) or (K / group_size, N), floating.
     zero_point: uint8, shaped as scale; None: 0.
     bits: 8, 4, 2 or 1.
-    group_size: rows sharing a scale; -1: all.
+    group_size: rows sharing a scale, and packed together; -1: all share one,
+      and are packed by the tile (planar.py). K: all, packed in one tile.
     out_dtype: of the result; None: x's.
     axis_name: inside a shard_map: the mesh axis K is sharded over, in whole
       groups. Partial sums are float32 and are summed once, then cast.

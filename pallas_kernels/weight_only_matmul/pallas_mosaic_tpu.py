@@ -26,6 +26,10 @@ Needs   K a multiple of the unit (64 rows at 4 bits, 128 at 2, 256 at 1, 32 at
         8), groups of 32, 64 or 128 or one per column, bf16 x. M is padded to a
         multiple of 16 outside, N to whole blocks by the pipeline; where N is no
         multiple of 128, XLA stores the weight otherwise and copies it first.
+Whole   group_size = K is one scale per column of a weight that is packed in one
+        tile of any K rows. Its bytes are read as those of the usual tiles: x is
+        put into their order, with zeros where the last bytes of the last block
+        are not there. The weight is not touched.
 """
 
 import dataclasses
@@ -94,10 +98,11 @@ def why_not(x: Any, qvalue: Any, layout: planar.Planar, chip: str) -> str:
     return 'the weight is packed for Hopper; it takes it as stored.'
   if qvalue.dtype not in (jnp.int8, jnp.uint8):
     return f'qvalue is {qvalue.dtype}; it takes integers.'
+  layout = _in_tiles(layout)
   if layout.group_size not in GROUP_SIZES:
     return (
       f'group_size={layout.group_size}; it takes {list(GROUP_SIZES)}, where '
-      '-1 is one scale per column.'
+      '-1 is one scale per column, as is K.'
     )
   if not layout.unit or not (layout.is_packed or layout.bits == 8):
     least = 32 * layout.fields
@@ -131,6 +136,9 @@ def weight_only_matmul(
     raise NotImplementedError(
       f'weight_only_matmul: pallas_mosaic_tpu: {reason}'
     )
+  if layout.group_size == layout.K:
+    layout = _in_tiles(layout)
+    x = _spread(x, layout)
   if block is None:
     block = pick_block(M, N, layout, scale.dtype, chip)
   check_block(block, N, layout, scale.dtype)
@@ -224,6 +232,31 @@ def onchip_bytes(block: Block, layout: planar.Planar, scale_bytes: int) -> int:
   scales = rows * bn * (scale_bytes + (not layout.signed))
   buffers = 2 * g * bm * bk + bk * bn // layout.fields + scales + 4 * bm * bn
   return 2 * buffers + 4 * bm * bn
+
+
+def _in_tiles(layout):
+  """Of a weight in one tile: the tiles that its bytes are read as.
+
+  K is rounded up to whole registers of bytes; the last of them do not exist.
+  """
+  bytes_are_full = layout.is_packed or layout.bits == 8
+  if layout.group_size != layout.K or not bytes_are_full:
+    return layout
+  rows = -(-layout.rows // planar.BYTE_ROWS) * planar.BYTE_ROWS
+  return dataclasses.replace(layout, K=rows * layout.fields, group_size=-1)
+
+
+def _spread(x, layout):
+  """x (M, K) for a weight in one tile -> (M, layout.K), in the tiles' order.
+
+  Field f of byte row i is row f * rows + i of the one tile. In tiles of T it is
+  row f * T / fields + i % (T / fields) of tile i // (T / fields).
+  """
+  M, F = x.shape[0], layout.fields
+  x = x.reshape(M, F, -1)
+  x = jnp.pad(x, ((0, 0), (0, 0), (0, layout.rows - x.shape[2])))
+  x = x.reshape(M, F, -1, layout.tile // F)  # field, tile, byte row
+  return x.transpose(0, 2, 1, 3).reshape(M, layout.K)
 
 
 def _left(x, layout, block):

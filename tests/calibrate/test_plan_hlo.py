@@ -54,6 +54,24 @@ ENTRY %main (x.0: f32[4,8], c: pred[]) -> f32[4,8] {
 }
 """  # noqa: E501
 
+# TPU7x: a sum that a SparseCore does; a custom call names its computation.
+OFFLOADED = """HloModule jit_f, is_scheduled=true, num_partitions=8
+
+%called (p.0: f32[4,8]) -> f32[4,8] {
+  %p.0 = f32[4,8]{1,0:T(8,128)} parameter(0)
+  %tuple.7 = (f32[4,8]{1,0:T(8,128)}) tuple(%p.0)
+  %gte.2 = f32[4,8]{1,0:T(8,128)} get-tuple-element(%tuple.7), index=0
+  ROOT %all-reduce.8 = f32[4,8]{1,0:T(8,128)} all-reduce(%gte.2), channel_id=1, replica_groups=mesh['axis_0'=2,'axis_1'=4] {'axis_0'}, use_global_device_ids=true, to_apply=%add.1
+}, execution_thread="sparsecore"
+
+ENTRY %main (x.0: f32[4,8]) -> f32[4,8] {
+  %x.0 = f32[4,8]{1,0} parameter(0)
+  %c.call-start = ((), (), (s32[1058816]{0:T(1024)}, s32[3]{0:S(10)})) custom-call-start(), async_execution_thread="sparsecore", custom_call_target="offload", called_computations={%called}
+  %c.call-update = ((f32[4,8]{1,0}), f32[4,8]{1,0}, (s32[1058816]{0:T(1024)})) custom-call-update(%c.call-start, %x.0), output_to_operand_aliasing={{2,0}: (0, {2,0})}
+  ROOT %c.call-done = f32[4,8]{1,0} custom-call-done(%c.call-update)
+}
+"""  # noqa: E501
+
 
 def compiled_text(function, *shapes):
   shapes = [
@@ -106,6 +124,12 @@ class WorkTest(parameterized.TestCase):
     )
     found = plan_hlo.work(text, MESH).collectives[-1]
     self.assertEqual((found.collective.nbytes, found.count), (nbytes, 1))
+
+  def test_what_a_sparse_core_does_counts(self):
+    (found,) = plan_hlo.work(OFFLOADED, MESH).collectives
+    self.assertEqual(found.collective.kind, 'all-reduce')
+    self.assertEqual(found.collective.axes, ('data',))
+    self.assertEqual((found.collective.nbytes, found.count), (128, 1))
 
   def test_an_unknown_loop_counts_once_and_is_told(self):
     text = LOOP.replace('TURNS', '').replace('direction=LT', 'direction=NE')

@@ -154,6 +154,30 @@ class MeasureTest(parameterized.TestCase):
     self.assertFalse(made.refused)
     self.assertEqual(made.work and made.work.total_flops, flops)
 
+  def test_an_option_that_libtpu_does_not_know_is_passed_over(self):
+    x = jax.ShapeDtypeStruct((4, 4), jnp.float32)
+    real = jax.jit(jnp.matmul).lower(x, x).compile()
+    tried = []
+
+    class Compiled:
+      memory_analysis = real.memory_analysis
+
+      def as_text(self):
+        raise jax.errors.JaxRuntimeError('INTERNAL: async-update')
+
+    class Lowered:
+      def compile(self, compiler_options=None):
+        if compiler_options is None:
+          return Compiled()
+        tried.append(compiler_options)
+        if any('sparse_core' in name for name in compiler_options):
+          raise jax.errors.JaxRuntimeError('INVALID_ARGUMENT: No such option')
+        return real
+
+    made = plan_program.measure(Lowered(), 0, MESH)
+    self.assertEqual(made.work.total_flops, 128)
+    self.assertLen(tried, 2)
+
   def test_other_errors_pass(self):
     class Lowered:
       def compile(self):

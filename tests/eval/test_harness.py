@@ -22,6 +22,9 @@ SAMPLED = sampling.Sampling(temperature=1.5)
 # What test_on_four_devices runs in a process of its own.
 _SHARDED = """
 import json
+import jax
+import jax.numpy as jnp
+from jaxq.eval import harness
 from jaxq.parallel import mesh as mesh_lib
 from models import decoder
 from tests.eval import test_harness as t
@@ -31,9 +34,14 @@ mesh = mesh_lib.make_mesh('data:2,model:2')
 rules = decoder.sharding_rules(t.MODEL.config, 2)
 t.MODEL.variables = mesh_lib.place(t.MODEL.variables, rules, mesh)
 scores = t.scores(t.requests(5), mesh=mesh)
+model = harness._by_rows(t.LM, mesh)
+ids = jnp.ones((4, 2), jnp.int32)
+step = jax.jit(lambda v: model.forward(v, ids, ids, model.init_caches(4, 8)))
+_, caches = step(t.MODEL.variables)
 print(json.dumps({
   'scores': [s.log_likelihood for s in scores],
-  'texts': t.texts([[5, 6, 7], [8]]),
+  'texts': t.texts([[5, 6, 7], [8]], mesh=mesh),
+  'rows': list(caches[0].k.sharding.shard_shape(caches[0].k.shape))[:2],
 }))
 """
 
@@ -156,6 +164,7 @@ class LogLikelihoodsTest(parameterized.TestCase):
       got['scores'], [s.log_likelihood for s in want], rtol=1e-4
     )
     self.assertEqual(got['texts'], texts([[5, 6, 7], [8]]))
+    self.assertEqual(got['rows'], [2, 2])  # Two layers; two rows of four.
 
   def test_progress_and_nothing_to_do(self):
     seen = []

@@ -334,6 +334,26 @@ class PageTest(Case):
     cells = re.findall(r'<rect class="cell[^>]*data-value="([^"]*)"', page)
     self.assertEqual(cells, ['9'])
 
+  def test_tokens_of_experts_are_counted(self):
+    folder = write_run(self.folder / 'out.run', blocks=0)
+    for i, counts in enumerate(((5, 0, 9, 2), (), (4, 4, 4, 4))):
+      report = block_report(i)
+      object.__setattr__(report, 'expert_tokens', counts)
+      run_folder.append_block(folder, report)
+    page = reporting.write(folder).read_text('utf-8')
+    self.assertIn('Did every expert see enough tokens?', page)
+    self.assertIn('data-chart="experts"', page)
+    table = page.split('id="experts"')[1].split('</table>')[0]
+    rows = re.findall(r'<tr><th>(\d+)</th>(.*?)</tr>', table)
+    cells = {i: re.findall('<td>(.*?)</td>', row) for i, row in rows}
+    self.assertEqual(
+      cells, {'0': ['4', '0', '3.5', '9', '1'], '2': ['4', '4', '4', '4', '0']}
+    )
+    dense = self.folder / 'dense.run'
+    self.assertNotIn(
+      'every expert', reporting.write(write_run(dense)).read_text()
+    )
+
   def test_another_run_stands_beside(self):
     other = write_run(self.folder / 'other.run', seed=1)
     page = reporting.write(write_run(self.folder / 'out.run'), [other])

@@ -12,9 +12,10 @@ import re
 import shutil
 import struct
 
+import numpy as np
 from absl.testing import absltest, parameterized
 
-from experiments import report_charts
+from experiments import report_charts, reporting, run_folder
 from tests.experiments import browser, test_report
 
 
@@ -76,6 +77,54 @@ class BrowserTest(test_report.Case):
     text = self.browser.ask('document.body.innerText')
     self.assertIn('--set\tgptq.damping=0.1', text)
     self.assertIn('abc-dirty', text)
+
+  def test_channels_before_and_after_are_drawn(self):
+    page = self.page()
+    run = run_folder.load(page.parent)
+    self.browser.open(page)
+    tap = test_report.TAPS[0]
+    chart = f'[data-chart="outliers {tap}"]'
+    points = self.browser.ask(
+      f"[...document.querySelectorAll('{chart} .point')].map(e =>"
+      ' [e.dataset.series, +e.dataset.column, +e.dataset.value])'
+    )
+    self.assertLen(points, 2 * test_report.NUM_BLOCKS)
+    for series, block, value in points:
+      absmax = run.channels[block][tap][('before', 'after').index(series)]
+      want = absmax.max() / np.median(absmax)
+      self.assertAlmostEqual(value, want, delta=1e-4 * want)
+    last = test_report.NUM_BLOCKS - 1
+    heights = self.browser.ask(
+      "['before', 'after'].map(side => document.querySelector("
+      f'\'[data-chart="profile {last} {tap}"] path.\' + side)'
+      ".getAttribute('d').split(/[ML]/).slice(1).map(p => +p.split(' ')[1]))"
+    )
+    before, after = np.array(heights)  # Downwards.
+    self.assertLen(before, 64)
+    self.assertEqual(before.argmin(), 5)  # The outlier.
+    self.assertGreater(after[5] - before[5], 50)
+    found = self.browser.ask("document.querySelector('#outliers').innerText")
+    self.assertIn('input of attention.q_proj\t5\t', found)
+
+  def test_sensitivity_is_drawn_to_scale(self):
+    folder = test_report.write_run(self.folder / 'out.run')
+    layers = [
+      {'name': name, 'scheme': '4', 'kl': kl}
+      for name, kl in (('a.up', 0.25), ('a.down', 1.0), ('b.up', 0.5))
+    ]
+    (folder / 'sensitivity.json').write_text(json.dumps({'layers': layers}))
+    self.browser.open(reporting.write(folder))
+    bars = self.browser.ask(
+      "[...document.querySelectorAll('[data-chart=sensitivity] .bar')].map(e =>"
+      ' [e.dataset.row, +e.dataset.value, e.getBoundingClientRect().width])'
+    )
+    self.assertEqual(
+      [bar[:2] for bar in bars],
+      [['a.down', 1.0], ['b.up', 0.5], ['a.up', 0.25]],
+    )
+    widths = [width for _, _, width in bars]
+    for width, part in zip(widths, (1.0, 0.5, 0.25), strict=True):
+      self.assertAlmostEqual(width / widths[0], part, places=2)
 
   def test_the_pointer_shows_the_numbers(self):
     self.browser.open(self.page())

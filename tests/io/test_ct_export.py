@@ -7,18 +7,22 @@ import tempfile
 import jax
 import numpy as np
 import safetensors
+import tokenizers
 from absl.testing import absltest, parameterized
 
 import models
-from jaxq.io import ct_export, hf_quantized
-from jaxq.nn import linear
-from jaxq.numerics import binary
+from jaxq.io import ct_export, hf_config, hf_quantized
+from jaxq.nn import blocks, linear, taps
+from jaxq.numerics import binary, qarray
 from jaxq.numerics import spec as spec_lib
+from models import decoder
 from tests.io import model_files, quantized_model
+from tests.models import test_architectures
 from tests.numerics import test_binary
 
 QuantSpec = spec_lib.QuantSpec
 INT4 = QuantSpec(dtype='int4', granularity='group', group_size=16)
+INT4_CHANNEL = QuantSpec(dtype='int4')
 INT8 = QuantSpec(dtype='int8')
 TWO = ('attention/k_proj', 'mlp/down_proj')  # Each new shape costs a compile.
 TOKEN = linear.ActQuant(
@@ -47,6 +51,26 @@ CASES = {
   'int8_static': (INT8, STATIC, 'int-quantized'),
   'nvfp4': (QuantSpec(dtype='nvfp4'), None, 'nvfp4-pack-quantized'),
 }
+
+
+def of_architecture(name):
+  """A random model of test_architectures, every linear in INT8."""
+  fields = test_architectures.BASE | test_architectures.CONFIGS[name]
+  config = test_architectures.config_of(name)
+  outside, parts = jax.device_get(test_architectures.random_parts(config))
+  made = []
+  for i, params in enumerate(parts):
+    for lin in decoder.block_spec(config, i).linears:
+      kernel = qarray.quantize(blocks.kernel_of(params, lin.path), INT8)
+      params = taps.set_path(params, f'{lin.path}/kernel', kernel)
+    made.append({'params': params, 'quant': {}})
+  return quantized_model.QuantizedModel(
+    config=hf_config.read(fields | {'model_type': name}, 'test'),
+    outside_params=outside,
+    blocks=made,
+    made=tokenizers.Tokenizer(tokenizers.models.BPE()),
+    quantization={'scheme': 'of this test'},
+  )
 
 
 def assert_trees_equal(test, got, expected):
@@ -101,6 +125,62 @@ class ExportTest(parameterized.TestCase):
     self.assertLen(ignored, 11)
     self.assertEqual(config['architectures'], ['LlamaForCausalLM'])
     self.assertFalse(out.with_name('out.partial').exists())
+
+  @parameterized.parameters(*test_architectures.NAMES)
+  def test_every_architecture_comes_back(self, name):
+    made = of_architecture(name)
+    out = ct_export.export(made, self.out())
+    source = hf_quantized.QuantizedSource(out)
+    self.assertEqual(source.config['model_type'], name)
+    assert_trees_equal(self, source.outside(), made.outside())
+    for i in range(made.num_blocks):
+      assert_trees_equal(self, source.block(i), made.block(i))
+
+  def test_parts_of_one_tensor_must_be_alike(self):
+    made = of_architecture('phi3')
+    attention = made.blocks[1]['params']['attention']
+    kernel = qarray.dequantize(attention['k_proj']['kernel'])
+    attention['k_proj']['kernel'] = qarray.quantize(kernel, INT4_CHANNEL)
+    with self.assertRaisesRegex(
+      ValueError, 'layers.1.self_attn.qkv_proj cannot .*parts are quantized d'
+    ):
+      ct_export.export(made, self.out())
+    made = of_architecture('phi3')
+    made.blocks[0]['quant'] = {'mlp': {'up_proj': {'input': TOKEN}}}
+    with self.assertRaisesRegex(
+      ValueError, 'layers.0.mlp.gate_up_proj cannot .*different input quantiz'
+    ):
+      ct_export.export(made, self.out())
+
+  def test_cache_scales_without_a_place(self):
+    for cache, message in (
+      (STATIC, 'must be stored and symmetric'),
+      (TOKEN, 'must be stored and symmetric'),
+    ):
+      made = self.made(INT8)
+      made.blocks[0]['quant'] = {'attention': {'k_cache': cache}}
+      with self.assertRaisesRegex(
+        ValueError, f'0.self_attn cannot .*{message}'
+      ):
+        ct_export.export(made, self.out())
+    made = self.made(INT8)
+    int8 = QuantSpec(dtype='int8', granularity='tensor')
+    other = linear.ActQuant(quantized_model.scalar(0.5), None, int8)
+    made.blocks[0]['quant'] = {'attention': {'k_cache': FP8_CACHE}}
+    made.blocks[1]['quant'] = {'attention': {'k_cache': other}}
+    with self.assertRaisesRegex(
+      ValueError,
+      'layers.1.self_attn cannot .*differs from that of other blocks',
+    ):
+      ct_export.export(made, self.out())
+
+  def test_another_family(self):
+    made = self.made(INT8)
+    made.config = made.config | {'model_type': 'bert'}
+    with self.assertRaisesRegex(
+      NotImplementedError, r"model_type 'bert'; allowed are \['gemma2'"
+    ):
+      ct_export.export(made, self.out())
 
   def test_models_load_runs_it(self):
     made = self.made(INT8, linears=quantized_model.LINEARS)

@@ -1,5 +1,7 @@
 """Configurations as GGUF metadata, both ways."""
 
+import math
+
 import numpy as np
 from absl.testing import absltest, parameterized
 
@@ -29,6 +31,7 @@ _LONG = {
   'rope_type': 'longrope',
   'short_factor': [1.0] * 16,
   'long_factor': [4.0] * 16,
+  'attention_factor': 1.25,
 }
 _GEMMA = {'query_pre_attn_scalar': 32, 'sliding_window': 16}
 CONFIGS = {
@@ -45,6 +48,7 @@ CONFIGS = {
       'factor': 4.0,
       'original_max_position_embeddings': 32,
       'beta_fast': 16.0,
+      'attention_factor': 1.5,
     },
   },
   'mixtral': {},
@@ -93,6 +97,8 @@ class RoundTripTest(parameterized.TestCase):
       {k: v for k, v in (c.pop('rope_scaling') or {}).items() if v is not None}
       for c in (back, found)
     ]
+    factors = [s.pop('attention_factor', 1.0) for s in scaling]
+    self.assertAlmostEqual(*factors)  # Divided, and multiplied again.
     self.assertEqual(*scaling)
     self.assertEqual(back, found)
 
@@ -108,6 +114,25 @@ class RoundTripTest(parameterized.TestCase):
     np.testing.assert_array_equal(divisors[waves < 2048], 1.0)
     np.testing.assert_array_equal(divisors[waves > 8192], 8.0)
     self.assertTrue(np.all(np.diff(divisors) >= 0))
+
+  def test_temperatures_by_hand(self):
+    yarn = {'rope_type': 'yarn', 'factor': math.e, 'truncate': True}
+
+    def attn_factor(name, **scaling):
+      written = gguf_config.write(config(name, rope_scaling=scaling))
+      return written.get(f'{name}.rope.scaling.attn_factor')
+
+    # llama.cpp's own 1 + ln(e) / 10 = 1.1 is the default of config.json too.
+    self.assertIsNone(attn_factor('qwen2', **yarn))
+    given = attn_factor('qwen2', **yarn, attention_factor=2.2)
+    self.assertAlmostEqual(given, 2.0)
+    ratio = attn_factor('qwen2', **yarn, mscale=2.0, mscale_all_dim=4.0)
+    self.assertAlmostEqual(ratio, 1.2 / 1.4 / 1.1)
+    # 128 tokens of a model made for 64: sqrt(1 + ln(2) / ln(64)).
+    long = {k: v for k, v in _LONG.items() if k != 'attention_factor'}
+    long['original_max_position_embeddings'] = 64
+    found = attn_factor('phi3', **long)
+    self.assertAlmostEqual(found, math.sqrt(1 + 1 / 6))
 
   @parameterized.parameters(('gemma2', 46, 16), ('gemma3_text', 62, 16))
   def test_the_largest_gemma_scales_scores_otherwise(self, name, depth, scalar):
@@ -142,6 +167,11 @@ class RefusalTest(parameterized.TestCase):
       {'rope_scaling': {'rope_type': 'dynamic', 'factor': 2.0}},
       'rotary scaling dynamic',
     ),
+    (
+      'llama',
+      {'rope_scaling': {'rope_type': 'yarn', 'factor': 2.0, 'truncate': False}},
+      'truncate=False',
+    ),
   )
   def test_what_gguf_cannot_say(self, name, changes, message):
     with self.assertRaisesRegex(
@@ -175,6 +205,40 @@ class RefusalTest(parameterized.TestCase):
     found = config('qwen3')
     with self.assertRaisesRegex(NotImplementedError, 'has 4 experts; allowed'):
       read(gguf_config.write(found), found, expert_count=4, expert_used_count=2)
+
+  @parameterized.parameters(
+    (
+      'llama',
+      {'logit_scale': 2.0, 'clamp': 1},
+      r"\['clamp', 'logit_scale'\] a",
+    ),
+    ('gemma3_text', {'attn_logit_softcapping': 5.0}, r"\['attn_logit_softc"),
+    ('mixtral', {'expert_gating_func': 2}, 'expert_gating_func=2 changes the'),
+    (
+      'mixtral',
+      {'expert_feed_forward_length': 8},
+      r'allowed are \[0, 96, None',
+    ),
+    ('qwen2', {'attention.sliding_window': 64}, r'=64 changes.*\[0, 128, None'),
+    ('llama', {'rope.scale_linear': 4.0}, 'rope.scale_linear=4.0 changes the'),
+  )
+  def test_keys_that_are_not_computed_with(self, name, changes, message):
+    found = config(name)
+    with self.assertRaisesRegex(
+      (NotImplementedError, ValueError), f'x.gguf: .*{message}'
+    ):
+      read(gguf_config.write(found), found, **changes)
+
+  def test_keys_that_change_nothing(self):
+    found = config('llama')
+    harmless = {
+      'tensor_data_layout': 'Meta AI original pth',
+      'attention.causal': True,
+      'attention.sliding_window': 128,
+      'rope.scaling.finetuned': False,
+    }
+    back = read(gguf_config.write(found), found, **harmless)
+    self.assertEqual(back, read(gguf_config.write(found), found))
 
   def test_values_of_another_size(self):
     found = config('qwen3')

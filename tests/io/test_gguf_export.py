@@ -1,5 +1,6 @@
 """GGUF files written from float and from quantized models."""
 
+import dataclasses
 import os
 import pathlib
 import tempfile
@@ -230,6 +231,18 @@ class QuantizedSourceTest(ExportTestCase):
           step = leaf.scale.astype(np.float16).astype(np.float32)
           leaf = np.asarray(qarray.codes(leaf)) * np.repeat(step, 32, axis=0)
         np.testing.assert_array_equal(block[path], leaf, str(path))
+
+  def test_a_step_beyond_float16_names_the_tensor(self):
+    source = self.jaxq(INT4)
+    block = source.block(0)
+    q = block['params']['mlp']['up_proj']['kernel']
+    huge = dataclasses.replace(q, scale=np.asarray(q.scale) * 1e9)
+    block['params']['mlp']['up_proj']['kernel'] = huge
+    with (
+      mock.patch.object(source, 'block', return_value=block),
+      self.assertRaisesRegex(ValueError, 'tensor blk.0.ffn_up.weight has scal'),
+    ):
+      gguf_export.export(source, self.path, Q4_0)
 
   def test_linears_left_float_stay_so(self):
     source = self.jaxq(INT4, float_paths=(UP,))

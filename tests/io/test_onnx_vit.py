@@ -49,6 +49,12 @@ class OnnxVitTest(absltest.TestCase):
       self.path.write_bytes(whole.replace(old, new))
       with self.assertRaisesRegex(ValueError, message):
         onnx_vit.OnnxVitSource(self.path)
+    config = encoder_files.DINOV2 | {'image_size': 4}
+    self.path.write_bytes(onnx_files.vit(config))
+    with self.assertRaisesRegex(
+      ValueError, r"tables of positions \['onnx::Concat_1', 'onnx::Res"
+    ):
+      onnx_vit.OnnxVitSource(self.path)
     self.path.write_bytes(onnx_files.model([], {}))
     with self.assertRaisesRegex(ValueError, 'allowed are exports of vision'):
       onnx_vit.OnnxVitSource(self.path)

@@ -131,6 +131,8 @@ class DecoderTest(parameterized.TestCase):
       replace(CONFIG, num_kv_heads=3)
     with self.assertRaisesRegex(ValueError, 'head_dim=7.*even'):
       replace(CONFIG, head_dim=7)
+    with self.assertRaisesRegex(ValueError, 'sparse has 1 entries for num_lay'):
+      replace(CONFIG, sparse=(False,))
     with self.assertRaisesRegex(ValueError, 'model:3: intermediate_size=64'):
       decoder.sharding_rules(CONFIG, 3)
 

@@ -22,11 +22,17 @@ class CholeskyTest(parameterized.TestCase):
     np.testing.assert_allclose(lower, exact, atol=1e-5 * np.max(exact))
     np.testing.assert_array_equal(np.triu(lower, 1), 0)
 
-  def test_the_platform_has_its_own(self):
-    a = positive_definite(16)
-    np.testing.assert_array_equal(
-      jax.jit(cholesky.cholesky)(a), jax.jit(jnp.linalg.cholesky)(a)
-    )
+  def test_a_cpu_computes_in_float64(self):
+    # A Gram matrix of condition 1e5, whose float32 factor is off by 1e-3.
+    x = np.random.default_rng(0).normal(size=(64, 32)) * np.logspace(0, -5, 32)
+    x = x @ np.linalg.qr(np.random.default_rng(1).normal(size=(32, 32)))[0]
+    a = np.float32(x.T @ x + 1e-5 * np.eye(32))
+    exact = np.linalg.cholesky(np.float64(a))
+    lower = jax.jit(cholesky.cholesky)(a)
+    self.assertEqual(lower.dtype, jnp.float32)
+    np.testing.assert_array_equal(lower, np.float32(exact))
+    lapack = np.asarray(jax.jit(jnp.linalg.cholesky)(a))
+    self.assertGreater(np.max(np.abs(lapack - exact) / np.max(exact)), 1e-5)
 
   @parameterized.parameters(0, 6, 9)
   def test_not_positive_definite_is_nan(self, where):

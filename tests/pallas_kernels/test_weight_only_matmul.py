@@ -72,6 +72,12 @@ def block(body, unpack='words', bm=16, bk=256, bn=128, **sub):
   return tpu.Block(bm=bm, bk=bk, bn=bn, body=body, unpack=unpack, **sub)
 
 
+def one_tile_block(K, bits, body):
+  """A block of all rows of a weight in one tile, whole registers of them."""
+  registers = -(-(K * bits // 8) // planar.BYTE_ROWS) * planar.BYTE_ROWS
+  return block(body, bk=registers * 8 // bits)
+
+
 class KernelTest(parameterized.TestCase):
   def test_a_case_worked_by_hand(self):
     # Codes 1 everywhere but a 3 in row 0; scales 0.5 and 2.
@@ -135,6 +141,20 @@ class KernelTest(parameterized.TestCase):
     x, q = make(5, 128, 130, 4, -1, False)
     full = run(jnp.concatenate([x, jnp.full((11, 128), jnp.nan, x.dtype)]), q)
     np.testing.assert_array_equal(full[:5], run(x, q))
+
+  @parameterized.parameters(
+    (1, 264), (1, 2304), (2, 136), (4, 72), (4, 64), (8, 40)
+  )
+  def test_a_weight_in_one_tile_of_any_rows(self, bits, K):
+    """K is no multiple of a unit; the kernel reads past the last bytes."""
+    symmetric = bits == 1
+    x, q = make(3, K, 160, bits, K, symmetric)
+    self.assertEqual(q.qvalue.shape[0], K * bits // 8)
+    want = exact(x, q)
+    for body in ('post', 'pre'):
+      made = run(x, q, block=one_tile_block(K, bits, body))
+      np.testing.assert_allclose(made, want, atol=0.01 * np.abs(want).max())
+    np.testing.assert_allclose(run(x, q), want, atol=1e-3 * np.abs(want).max())
 
   @hypothesis.settings(max_examples=6)
   @hypothesis.given(

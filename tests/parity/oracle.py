@@ -4,6 +4,7 @@ The oracle is optional: without torch or transformers the tests skip and say
 so. Attention is transformers' own 'eager' code and all weights are float32.
 """
 
+import importlib
 import pathlib
 import unittest
 from collections.abc import Sequence
@@ -21,6 +22,14 @@ def require() -> None:
     raise unittest.SkipTest(f'the oracle is not installed: {e}') from e
   transformers.utils.logging.set_verbosity_error()
   transformers.utils.logging.disable_progress_bar()
+
+
+def torch() -> Any:
+  """The module, or skips the test where it is not installed."""
+  try:
+    return importlib.import_module('torch')
+  except ImportError as e:
+    raise unittest.SkipTest(f'the oracle is not installed: {e}') from e
 
 
 def load_gguf(path: pathlib.Path) -> tuple[Any, Any]:

@@ -146,6 +146,22 @@ class ExportParityTest(parameterized.TestCase):
     )
     self.assertLess(abs(math.exp(theirs - ours) - 1), 1e-3)
 
+  def test_scales_of_keys_and_values_are_computed_with(self):
+    weights = schemes.parse('W8A16').weights
+    made = quantized_model.quantized(self.hf, weights)
+    plain = self.ours(str(ct_export.export(made, self.root / 'plain')))
+    spec = QuantSpec(dtype='fp8_e4m3', granularity='tensor')
+    for name, reach in (('k_cache', 8.0), ('v_cache', 2.0)):
+      scale = quantized_model.scalar(reach / spec.qmax)
+      act = linear.ActQuant(scale, None, spec)
+      for block in made.blocks:
+        block['quant'].setdefault('attention', {})[name] = act
+    folder = str(ct_export.export(made, self.root / 'kv'))
+    ours, theirs = self.ours(folder), self.theirs(folder)
+    # A few codes turn on the last bit of a key; all turn without the scales.
+    self.assertLess(oracle.relative_error(ours, theirs), 1e-3)
+    self.assertGreater(oracle.relative_error(plain, theirs), 1e-2)
+
   @parameterized.parameters(*BFLOAT16)
   def test_block_formats_decode_to_the_same_weights(self, name):
     # transformers decodes them to bfloat16; computed on in float32.
@@ -279,6 +295,28 @@ class LibraryTest(parameterized.TestCase):
     ours = linear.QuantDense(24).apply(variables, jnp.asarray(x))
     # The same codes: what is left is the order of sums.
     np.testing.assert_allclose(ours, theirs, atol=2e-5)
+
+  def test_its_presets_mean_what_our_schemes_do(self):
+    from compressed_tensors.quantization import quant_scheme
+
+    for name, preset in quant_scheme.PRESET_SCHEMES.items():
+      if name in ('UNQUANTIZED', 'FP8_BLOCK'):
+        continue  # Nothing; refused by schemes.parse, which says so.
+      with self.subTest(name):
+        weights = preset['weights'].model_dump(mode='json')
+        # Of W<b>A<b> the group size is the one thing that may differ.
+        group_size = weights['group_size'] if weights['type'] == 'int' else None
+        scheme = schemes.parse(name, group_size=group_size)
+        self.assertEqual(ct.weight_spec(weights, name), scheme.weights)
+        inputs = preset.get('input_activations')
+        self.assertEqual(inputs is None, scheme.inputs is None)
+        if inputs is not None:
+          spec, static = ct.input_spec(inputs.model_dump(mode='json'), name)
+          self.assertEqual(static, scheme.static_inputs)
+          for field in ('dtype', 'granularity', 'group_size', 'symmetric'):
+            self.assertEqual(
+              getattr(spec, field), getattr(scheme.inputs, field)
+            )
 
   def test_its_awq_converter_reads_the_same_integers(self):
     import torch

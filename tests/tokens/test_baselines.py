@@ -5,7 +5,6 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-import torch
 from absl.testing import absltest, parameterized
 
 from jaxq.tokens import (
@@ -19,6 +18,7 @@ from jaxq.tokens import (
   sparsevlm,
   visionzip,
 )
+from tests.parity import oracle
 
 
 @functools.partial(jax.jit, static_argnums=(0, 2))
@@ -252,6 +252,7 @@ class PoolingTest(parameterized.TestCase):
     ('average', 2, (3, 4)), ('adaptive', 0, (4, 5)), ('bilinear', 0, (4, 5))
   )
   def test_equals_torch(self, method, stride, size):
+    torch = oracle.torch()
     T, H, W, D = 2, 7, 9, 3
     x = normal(1, T * H * W, D)
     ts = interface.token_set(x, grid=(T, H, W))

@@ -6,10 +6,10 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-import torch
 from absl.testing import absltest, parameterized
 
 from jaxq.tokens import interface, primitives
+from tests.parity import oracle
 
 
 def oracle_topk(scores, mask, k):
@@ -153,6 +153,7 @@ class ResampleTest(parameterized.TestCase):
     sizes=((27, 14), (27, 8), (16, 5)), kind=primitives.RESAMPLING
   )
   def test_equals_torch(self, sizes, kind):
+    torch = oracle.torch()
     n_in, n_out = sizes
     x = np.random.default_rng(0).normal(size=(2, n_in, n_in, 3))
     x = x.astype(np.float32)

@@ -6,10 +6,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import torch
 from absl.testing import absltest, parameterized
 
 from jaxq.tokens import interface, quota
+from tests.parity import oracle
 
 
 @functools.partial(jax.jit, static_argnames=('total', 'area', 'cap', 'share'))
@@ -127,6 +127,7 @@ class AssignmentTest(parameterized.TestCase):
 class ReduceTest(parameterized.TestCase):
   @parameterized.parameters('bilinear', 'adaptive_avg', 'auto')
   def test_equal_scores_are_plain_resampling(self, kind):
+    torch = oracle.torch()
     ts = frames(H=5, W=5)
     config = quota.QuotaConfig(kind=kind, budget=0.4)
     got = reduce(config, ts, [0.5] * 4, 36)

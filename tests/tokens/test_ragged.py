@@ -3,10 +3,10 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-import torch
 from absl.testing import absltest, parameterized
 
 from jaxq.tokens import ragged
+from tests.parity import oracle
 
 T, H, W, D = 40, 9, 7, 3
 X = np.random.default_rng(0).normal(size=(T, H, W, D)).astype(np.float32)
@@ -17,6 +17,7 @@ SLOTS = int((ROWS * COLUMNS).sum()) + 7
 
 
 def torch_frames(function):
+  torch = oracle.torch()
   x = torch.from_numpy(X).permute(0, 3, 1, 2)
   out = [
     function(x[t : t + 1], (int(ROWS[t]), int(COLUMNS[t])))[0]
@@ -43,6 +44,7 @@ def run(name, weight=None):
 
 class RaggedTest(parameterized.TestCase):
   def test_bilinear_is_interpolate_at_all_sizes(self):
+    torch = oracle.torch()
     got, used = run('bilinear')
     expected = torch_frames(
       lambda x, size: torch.nn.functional.interpolate(
@@ -53,6 +55,7 @@ class RaggedTest(parameterized.TestCase):
     np.testing.assert_allclose(got[:-7], expected, atol=1e-5)
 
   def test_adaptive_average_is_adaptive_pooling_at_all_sizes(self):
+    torch = oracle.torch()
     got, _ = run('adaptive_average')
     expected = torch_frames(torch.nn.functional.adaptive_avg_pool2d)
     np.testing.assert_allclose(got[:-7], expected, atol=1e-5)

@@ -5,10 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-import torch
 from absl.testing import absltest, parameterized
 
 from jaxq.tokens import interface, training, vqtoken, vqtoken_attention
+from tests.parity import oracle
 
 K, D, T = 5, 16, 3
 MODULE = vqtoken_attention.VQAttention(num_heads=4, ffn=32)
@@ -79,6 +79,7 @@ class AttentionTest(parameterized.TestCase):
 class ReferenceTest(parameterized.TestCase):
   @parameterized.parameters(3, 7)
   def test_is_torchs_decoder_layer(self, frames):
+    torch = oracle.torch()
     n = 6
     labels = jax.random.randint(jax.random.key(0), (2, frames, n), 0, K)
     codes = jax.random.normal(jax.random.key(1), (2, K, D))

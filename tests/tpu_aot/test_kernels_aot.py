@@ -16,6 +16,8 @@ from absl.testing import absltest, parameterized
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
+from jaxq.nn import kernel_matmul
+from jaxq.numerics import binary
 from jaxq.parallel import collectives
 from pallas_kernels import ahead_of_time, planar, targets
 from pallas_kernels.hadamard_quantize import api as hadamard_api
@@ -73,6 +75,36 @@ class KernelsAotTest(parameterized.TestCase):
     )
     shapes = weight_shapes(M, K, N, bits, group_size, symmetric)
     self.check_memory(ahead_of_time.compile_for(chip, f, shapes), M, K, N, bits)
+
+  @parameterized.parameters(('v5e', 1), ('v6e', 300), ('tpu7x', 16))
+  def test_signs_and_salient_rows(self, chip, M):
+    """PTQ1.61's kernels; neither part fills whole registers of bytes."""
+    devices(self, targets.get(chip).topology)
+    K, N, k = 1024, 1152, 208
+    column = ((1, N), jnp.float16)
+    parts = {
+      'bits': (((K - k) // 8, N), jnp.uint8),
+      'alpha': column,
+      'mu': column,
+      'r': ((K - k, 1), jnp.float16),
+      'order': ((K, 1), jnp.uint16),
+      'salient': ((k // 2, N), jnp.uint8),
+      'scale': column,
+      'zero_point': ((1, N), jnp.uint8),
+    }
+
+    def f(x, *leaves):
+      w = binary.BinaryArray(
+        **dict(zip(parts, leaves, strict=True)),
+        salient_bits=4,
+        shape=(K, N),
+      )
+      return kernel_matmul.matmul(x, w, None, chip=chip)
+
+    x = ((M, K), jnp.bfloat16)
+    program = ahead_of_time.compile_for(chip, f, [x, *parts.values()])
+    for rows, bits in ((K - k, 1), (k, 4)):
+      self.check_memory(program, M, rows, N, bits)
 
   @parameterized.parameters(
     ('v5e', 16, 8),
