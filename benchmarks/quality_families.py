@@ -203,10 +203,9 @@ MEASURES = {
 NOTES = {
   'minilm-l6': (
     'OS+ and SmoothQuant are not told apart. At the same bits, rows with a '
-    'range per\ntoken lose far less than rows with static ones: what is lost '
-    'is lost to static\nranges. Both methods change those behind norms only; '
-    'o and down keep theirs. That\nthis is why they are alike is a guess, '
-    'until the rows with o and down float are run.\n'
+    'range per\ntoken lose far less than rows with static ones, which are '
+    'asymmetric as well. Both\nmethods change inputs behind norms only; o and '
+    'down keep theirs, and the rows with\nthese two in float are the control.\n'
   ),
 }
 COLUMNS = (

@@ -7,8 +7,8 @@ The source is a packaged name (smollm2-135m, minilm-l6, vit-s14, whisper-base),
 a .gguf or .onnx file, or a Hugging Face directory: of a language model, a text
 encoder, a vision transformer or a speech model, each calibrated and measured in
 its own way. The output is a directory that `experiments.evaluate`,
-`experiments.generate` and `models.load` read. A run that was killed goes on with
-the same command; OUTPUT.run/ keeps its log, its resolved flags and its results.
+`experiments.generate` and `models.load` read. A run that was killed goes on
+with the same command; OUTPUT.run/ keeps its log, resolved flags and results.
 """
 
 import dataclasses

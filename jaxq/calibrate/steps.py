@@ -93,7 +93,7 @@ class Steps:
     self.forward_float = make(_forward, **forward)
     self.observe = [
       make(
-        *((_observe_in_order, batch) if reproducible else (_observe,)),
+        *((_observe_in_order, batch, whole) if reproducible else (_observe,)),
         static_argnames='block',
         donate_argnames='states',
         out_shardings=whole,
@@ -337,6 +337,7 @@ def _observe(
 
 def _observe_in_order(
   batch: NamedSharding | None,
+  whole: NamedSharding | None,
   block: blocks.BlockSpec,
   variables: Params,
   carry: blocks.Carry,
@@ -349,15 +350,11 @@ def _observe_in_order(
   for path, x in seen.items():
     if taps.get_path(states, path) is None:
       continue
-    if x.ndim < 2 or len(x) != sequences:
-      raise ValueError(
-        f'reproducible: {path} sees {x.shape}, not {sequences} sequences; '
-        'the experts of a sparse block mix them. Leave --reproducible out.'
-      )
+    assert len(x) == sequences, path
     if batch is not None:
       # Made one sequence to a device, and only then given to all of them.
       x = jax.lax.with_sharding_constraint(x, batch)
-      x = jax.lax.with_sharding_constraint(x, mesh_lib.replicated(batch.mesh))
+      x = jax.lax.with_sharding_constraint(x, whole)
     xs[path] = x
 
   def update(i, states):
