@@ -2,10 +2,9 @@
 
   XLA_FLAGS=--xla_force_host_platform_device_count=8 JAX_PLATFORMS=cpu \
     python -m tests.parallel.sharded_calibration HEADS METHOD...
-    python -m tests.parallel.sharded_calibration reproducible METHOD...
 
-Prints one JSON line per method (see `compare`, `reproduce`). A process of its
-own, since the number of devices is fixed when JAX starts.
+Prints one JSON line per method (see `compare`). A process of its own, since the
+number of devices is fixed when JAX starts.
 
 With inputs='float' every block sees the float blocks' outputs: what differs in
 block i comes of float rounding within that block, and not of a tie some blocks
@@ -470,57 +469,10 @@ def compare(heads, method):
   }
 
 
-def reproduce(method):
-  """Reproducible runs on one device and on meshes, by bytes; a row of results.
-
-  The inputs of a block come of the quantized ones below: one bit that differs
-  would reach all that follows. The control is a run that is cut over the mesh.
-  """
-  opened = model('8/4')
-  mesh = mesh_lib.make_mesh('data:2,model:4')
-  stores = {}
-  for name, where, reproducible in (
-    ('one', None, True),
-    ('mesh', mesh, True),
-    ('cut', mesh, False),
-  ):
-    calibrator = driver.Calibrator(
-      opened,
-      METHODS[method][0],
-      driver.CalibrationConfig(
-        batch_size=1 if where is None else 8, reproducible=reproducible
-      ),
-      where,
-    )
-    seen = watch(calibrator.steps)
-    if name == 'mesh':
-      layout = seen.shardings
-    stores[name] = testing.MemoryStore()
-    calibrator.run(testing.tokens(sequences=16), stores[name])
-
-  def differ(name):
-    pairs = zip(
-      *(jax.tree.leaves(stores[n].blocks) for n in ('one', name)), strict=True
-    )
-    return sum(
-      np.asarray(a).tobytes() != np.asarray(b).tobytes() for a, b in pairs
-    )
-
-  return {
-    'method': method,
-    'arrays': len(jax.tree.leaves(stores['one'].blocks)),
-    'mesh': differ('mesh'),
-    'cut': differ('cut'),
-    'batch': sorted(layout['forward x']),
-  }
-
-
 def main(argv):
   """Prints a JSON line for each method."""
   for method in argv[2:]:
-    again = argv[1] == 'reproducible'
-    row = reproduce(method) if again else compare(argv[1], method)
-    print(json.dumps(row), flush=True)
+    print(json.dumps(compare(argv[1], method)), flush=True)
 
 
 if __name__ == '__main__':

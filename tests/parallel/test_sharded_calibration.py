@@ -10,10 +10,8 @@ import numpy as np
 import pytest
 from absl.testing import absltest, parameterized
 
-from jaxq.calibrate import driver
 from jaxq.numerics import qarray
 from jaxq.quant import gptq
-from tests.calibrate import testing
 from tests.parallel import sharded_calibration
 
 pytestmark = pytest.mark.slow
@@ -120,28 +118,6 @@ class ShardedCalibrationTest(parameterized.TestCase):
       # Scales and shifts per row have one column.
       whole = [WHOLE] if method in ('llm_fp4', 'ptq161') else []
       self.assertCountEqual(seen[f'apply {name}/kernel'], [COLUMNS, *whole])
-
-
-class ReproducibleTest(absltest.TestCase):
-  def test_any_mesh_gives_the_bytes_of_one_device(self):
-    cut = 0
-    for row in run('reproducible', 'awq'):
-      print(row)
-      self.assertGreater(row['arrays'], 0)
-      self.assertEqual(row['mesh'], 0, row['method'])
-      self.assertEqual(row['batch'], ["(('data', 'model'), None, None)"])
-      cut += row['cut']
-    self.assertGreater(cut, 0)  # Or the above would show nothing.
-
-  def test_messages(self):
-    opened = testing.small_model()
-    calibrator = driver.Calibrator(
-      opened,
-      sharded_calibration.METHODS['gptq'][0],
-      driver.CalibrationConfig(batch_size=4, reproducible=True),
-    )
-    with self.assertRaisesRegex(ValueError, 'batch_size=4 on 1 devices; each'):
-      calibrator.check(testing.tokens())
 
 
 class TieTest(parameterized.TestCase):
