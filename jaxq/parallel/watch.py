@@ -170,6 +170,9 @@ class Watch:
 
 
 def _print(label: str, message: str) -> None:
-  """One line, on what was stderr when the process started."""
-  line = f'{label}: {" ".join(message.split())}'
+  """A line of its own, on what was stderr when the process started.
+
+  The main thread may have left a progress bar there without an end of line.
+  """
+  line = f'\n{label}: {" ".join(message.split())}'
   print(line, file=sys.__stderr__, flush=True)

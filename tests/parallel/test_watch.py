@@ -38,6 +38,9 @@ class Service:
       raise jax.errors.JaxRuntimeError('UNAVAILABLE: connection refused')
 
 
+BAR = '\rcalibrate:  50%|#####     |'  # A progress bar of the main thread.
+
+
 class WatchTest(parameterized.TestCase):
   def setUp(self):
     super().setUp()
@@ -45,6 +48,7 @@ class WatchTest(parameterized.TestCase):
     self.ended = queue.Queue()
     self.watches = []
     self.err = io.StringIO()
+    self.err.write(BAR)
     self.enterContext(mock.patch.object(sys, '__stderr__', self.err))
     self.enterContext(mock.patch.object(watch, '_PERIOD', 0.02))
     self.enterContext(mock.patch.object(watch, '_UNREACHABLE', 0.1))
@@ -70,13 +74,19 @@ class WatchTest(parameterized.TestCase):
   def ends(self, count):
     return sorted(self.ended.get(timeout=30) for _ in range(count))
 
+  def said(self):
+    """What was written behind the bar: lines of their own."""
+    bar, _, said = self.err.getvalue().partition('\n')
+    self.assertEqual(bar, BAR)
+    return said
+
   def test_living_processes_are_left_alone(self):
     made = [self.start(i, timeout=0.3) for i in range(3)]
     time.sleep(0.8)
     for one in made:
       one.stop()
     self.assertTrue(self.ended.empty())
-    self.assertEqual(self.err.getvalue(), '')
+    self.assertEqual(self.err.getvalue(), BAR)
 
   def test_a_silent_process_ends_the_job_with_a_reason_on_process_0(self):
     self.start(0)
@@ -84,7 +94,7 @@ class WatchTest(parameterized.TestCase):
     self.start(2)._over.set()  # Its thread stops; it says nothing.
     self.assertEqual(self.ends(2), [(0, 1), (1, 1)])
     self.assertRegex(
-      self.err.getvalue(),
+      self.said(),
       r'^error: process 2 \(.*\) gave no sign of life for 0 s: killed, or its '
       r'host is gone. Run the same command again on all hosts to go on.\n$',
     )
@@ -92,21 +102,21 @@ class WatchTest(parameterized.TestCase):
   def test_a_process_that_was_never_seen_counts_as_silent(self):
     self.start(0, count=2)
     self.assertEqual(self.ends(1), [(0, 1)])
-    self.assertRegex(self.err.getvalue(), r'process 1 \(never seen\) gave no')
+    self.assertRegex(self.said(), r'^error: process 1 \(never seen\) gave no')
 
   def test_the_error_of_one_process_is_printed_by_process_0(self):
     made = [self.start(i) for i in range(3)]
     made[2].leave('error', 'the disk\n  is full.')
     self.assertEqual(self.ends(3), [(0, 1), (1, 1), (2, 1)])
     self.assertRegex(
-      self.err.getvalue(), r'^error: process 2 \(.*\): the disk is full.\n$'
+      self.said(), r'^error: process 2 \(.*\): the disk is full.\n$'
     )
 
   def test_the_error_of_process_0_is_its_own_and_its_code_that_of_all(self):
     made = [self.start(i) for i in range(3)]
     made[0].leave('stopped', 'by SIGTERM.', 143)
     self.assertEqual(self.ends(3), [(0, 143), (1, 143), (2, 143)])
-    self.assertEqual(self.err.getvalue(), 'stopped: by SIGTERM.\n')
+    self.assertEqual(self.said(), 'stopped: by SIGTERM.\n')
 
   def test_without_process_0_the_others_say_so_themselves(self):
     self.start(1)
@@ -114,7 +124,7 @@ class WatchTest(parameterized.TestCase):
     self.service.gone = True
     self.assertEqual(self.ends(1), [(1, 1)])
     self.assertRegex(
-      self.err.getvalue(),
+      self.said(),
       '^error: .*: process 0, which coordinates the job, is',
     )
 
