@@ -205,7 +205,8 @@ NOTES = {
     'OS+ and SmoothQuant are not told apart. At the same bits, rows with a '
     'range per\ntoken lose far less than rows with static ones, which are '
     'asymmetric as well. Both\nmethods change inputs behind norms only; o and '
-    'down keep theirs, and the rows with\nthese two in float are the control.\n'
+    'down keep theirs, and the rows with\nthese two in float are the control, '
+    'not run yet.\n'
   ),
 }
 COLUMNS = (

@@ -10,8 +10,8 @@ over panels of `block` columns, in this order (left-looking):
 
 It does 2 K^3 multiply-adds where K^3 / 6 would do, for the sake of fixed
 shapes; K = 14336 is 6e12, a fraction of a second. CPU and GPU have LAPACK's; a
-CPU computes in float64, at no cost worth naming: what a float32 factorization
-loses is as large as all other rounding of GPTQ.
+CPU computes in float64: half of the codes that GPTQ rounds otherwise on another
+mesh came of a float32 factor (docs/notes.md).
 """
 
 import functools

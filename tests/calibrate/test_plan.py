@@ -4,11 +4,6 @@ tests.calibrate.planned_calibration, in a process with eight devices, says what
 is compared with what.
 """
 
-import json
-import os
-import subprocess
-import sys
-
 import jax
 import jax.numpy as jnp
 import pytest
@@ -18,6 +13,7 @@ from jaxq.calibrate import plan, plan_phases, plan_topology
 from jaxq.numerics import spec as spec_lib
 from jaxq.quant import gptq
 from models import shapes
+from tests import simulated
 from tests.calibrate import planned_calibration
 
 METHODS = ('gptq', 'w8a8')
@@ -38,15 +34,7 @@ class PlannedAgainstRunTest(parameterized.TestCase):
   @classmethod
   def setUpClass(cls):
     super().setUpClass()
-    flags = '--xla_force_host_platform_device_count=8'
-    done = subprocess.run(
-      [sys.executable, '-m', planned_calibration.__name__, *METHODS],
-      env=os.environ | {'XLA_FLAGS': flags, 'JAX_PLATFORMS': 'cpu'},
-      stdout=subprocess.PIPE,
-      text=True,
-      check=True,
-    )
-    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    lines = simulated.rows(planned_calibration, *METHODS)
     cls.runs = {line['method']: line for line in lines[: len(METHODS)]}
     cls.known, cls.searched = lines[len(METHODS) :]
 

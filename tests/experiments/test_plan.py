@@ -106,6 +106,15 @@ class PlanTest(parameterized.TestCase):
     self.assertFalse((self.folder / 'out').exists())
     self.assertFalse((self.folder / 'out.run').exists())
 
+  def test_a_reproducible_run_is_not_planned(self):
+    done = self.call(
+      *testing.arguments(self.folder),
+      *('--plan', '--topology=cpu:1', '--reproducible'),
+      name='calibrate',
+    )
+    self.assertEqual(done.code, 1)
+    self.assertRegex(done.err, '--reproducible --plan: .* Leave one of the two')
+
   @parameterized.parameters(
     ('evaluate', ('--window=32', '--tokens=128')),
     ('generate', ('--prompt=a b c', '--max_new_tokens=4')),

@@ -1,13 +1,9 @@
 """Decoding on eight simulated devices equals decoding on one."""
 
-import json
-import os
-import subprocess
-import sys
-
 import pytest
 from absl.testing import absltest
 
+from tests import simulated
 from tests.kvcache import sharded_cache
 
 pytestmark = pytest.mark.slow
@@ -17,17 +13,7 @@ NAMES = ('oscar', 'oscar_head', 'zipcache')  # KIVI's is OScaR's store.
 
 class ShardedCacheTest(absltest.TestCase):
   def test_equals_one_device(self):
-    flags = '--xla_force_host_platform_device_count=8'
-    done = subprocess.run(
-      [sys.executable, '-m', sharded_cache.__name__, *NAMES],
-      env=os.environ | {'XLA_FLAGS': flags, 'JAX_PLATFORMS': 'cpu'},
-      stdout=subprocess.PIPE,
-      text=True,
-      check=True,
-    )
-    rows = {
-      row['name']: row for row in map(json.loads, done.stdout.splitlines())
-    }
+    rows = {row['name']: row for row in simulated.rows(sharded_cache, *NAMES)}
     self.assertCountEqual(rows, NAMES)
     for name, row in rows.items():
       with self.subTest(name):

@@ -1,10 +1,5 @@
 """A calibration on eight simulated devices equals one on a single device."""
 
-import json
-import os
-import subprocess
-import sys
-
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -12,6 +7,7 @@ from absl.testing import absltest, parameterized
 
 from jaxq.numerics import qarray
 from jaxq.quant import gptq
+from tests import simulated
 from tests.parallel import sharded_calibration
 
 pytestmark = pytest.mark.slow
@@ -21,19 +17,6 @@ COLUMNS, ROWS, WHOLE = (
   "('model', None)",
   '(None, None)',
 )
-
-
-def run(heads, *methods):
-  """Rows of sharded_calibration, from a process with eight devices."""
-  flags = '--xla_force_host_platform_device_count=8'
-  done = subprocess.run(
-    [sys.executable, '-m', sharded_calibration.__name__, heads, *methods],
-    env=os.environ | {'XLA_FLAGS': flags, 'JAX_PLATFORMS': 'cpu'},
-    stdout=subprocess.PIPE,
-    text=True,
-    check=True,
-  )
-  return [json.loads(line) for line in done.stdout.splitlines()]
 
 
 class ShardedCalibrationTest(parameterized.TestCase):
@@ -46,7 +29,7 @@ class ShardedCalibrationTest(parameterized.TestCase):
     ('9/3', 'gptq_prefix'),
   )
   def test_equals_one_device(self, heads, *methods):
-    for row in run(heads, *methods):
+    for row in simulated.rows(sharded_calibration, heads, *methods):
       with self.subTest(row['method']):
         self.check_numbers(row)
         self.check_shardings(row['shardings'], heads, row['method'])

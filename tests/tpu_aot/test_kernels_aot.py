@@ -149,11 +149,13 @@ class KernelsAotTest(parameterized.TestCase):
     options = {'implementation': KERNEL, 'chip': chip}
     norm = functools.partial(norm_api.norm_quantize, **options)
     x = ((40, 640), jnp.bfloat16)
-    ahead_of_time.compile_for(chip, norm, [x, ((640,), jnp.float32)])
+    norms = ahead_of_time.compile_for(chip, norm, [x, ((640,), jnp.float32)])
     rotate = functools.partial(
       hadamard_api.hadamard_quantize, block=64, **options
     )
-    ahead_of_time.compile_for(chip, rotate, [x])
+    rotations = ahead_of_time.compile_for(chip, rotate, [x])
+    for program in (norms, rotations):  # A kernel, and not XLA's own fusions.
+      self.assertIn('tpu_custom_call', program.as_text())
 
   @parameterized.parameters('weight_only', 'quantized')
   def test_sharded_over_4_by_4(self, op):
