@@ -45,12 +45,15 @@ def page(stored: dict[str, Any], groups: Groups) -> str:
     *_SELECTING,
     '',
   ]
-  if not stored['windows']:
+  windows = {
+    int(window): table
+    for window, table in stored['windows'].items()
+    if table.get('rows')
+  }
+  if not windows:
     return '\n'.join([*lines, 'Quality: not measured yet.', ''])
-  for window, table in sorted(
-    stored['windows'].items(), key=lambda x: int(x[0])
-  ):
-    lines += _quality(stored, int(window), table, groups)
+  for window, table in sorted(windows.items()):
+    lines += _quality(stored, window, table, groups)
   if stored['beyond']:
     lines += _beyond_lines(stored)
   lines += _imbalance_lines(stored)
@@ -79,8 +82,7 @@ def _quality(
     f'{settings["passkey"]} tokens, and the negative log-likelihood of their '
     'tokens, where the text was read before the question came, and with the '
     'question in sight. Milliseconds are of a decoding step of '
-    'the plain JAX form behind a window, batch 1, on a machine that did other '
-    'work as well.'
+    'the plain JAX form behind a window, batch 1.'
   )
   lines = [
     f'## Quality, {window} tokens',
@@ -96,18 +98,21 @@ def _quality(
     if found:
       lines.append(f'| **{group}** | | | | | | | |')
     for name in found:
-      lines.append(_line(name, table['rows'][name], stored['passkey']))
+      lines.append(_line(name, table, stored))
   return [*lines, '']
 
 
-def _line(text: str, row: dict[str, Any], passkeys: dict[str, Any]) -> str:
+def _line(text: str, table: dict[str, Any], stored: dict[str, Any]) -> str:
+  row = table['rows'][text]
   value, low, high = row['ratio']
   ratio = f'{value:.3f} [{low:.3f}, {high:.3f}]'
-  found = passkeys.get(text, {})
-  shares = ' | '.join(_share(found.get(name)) for name in ('unasked', 'asked'))
+  shares = ' | '.join(
+    _share(stored[kind].get(text)) for kind in ('passkey', 'asked')
+  )
+  step = table.get('steps', {}).get(text, {})
   return (
     f'| `{text}` | {row["stored bits"]:.2f} | {row["all bits"]:.2f} | '
-    f'{row["perplexity"]:.2f} | {ratio} | {shares} | {row.get("ms", "")} |'
+    f'{row["perplexity"]:.2f} | {ratio} | {shares} | {step.get("ms", "")} |'
   )
 
 

@@ -13,13 +13,17 @@ command can be stopped at any time, or stops by itself after `--minutes`.
            without a cache is the reference.
   passkey  a five-digit number in a text that says nothing (jaxq.eval.passkey),
            asked for behind a context that was read, and compressed, without
-           the question, as kvpress does it; and with the question in sight.
+           the question, as kvpress does it.
+  asked    the same with the question in sight.
   beyond   the same in a text longer than the model was trained for.
+  step     milliseconds of a decoding step behind a full window; on a machine
+           that does nothing else.
 
 Beside stand the bytes that the caches of all layers really take. Groups are of
 about equal bytes; controls (random selection, random splits, random channels)
 stand in the group of what they are compared with, with three seeds. Writes
-docs/kv_cache.json and, from it, docs/kv_cache.md.
+docs/kv_cache.json and, from it, docs/kv_cache.md; several processes with groups
+of their own (`--only`) may write to one store.
 """
 
 import json
@@ -56,7 +60,7 @@ flags.DEFINE_integer('window', 2048, 'Tokens of a window.', lower_bound=2)
 flags.DEFINE_integer('tokens', 8192, 'Tokens in all.', lower_bound=2)
 flags.DEFINE_integer('chunk', 128, 'Tokens read at a time.', lower_bound=1)
 flags.DEFINE_integer(
-  'steps', 16, 'Decoding steps to time behind a full window; 0: none.'
+  'steps', 16, 'Decoding steps that the piece step times.', lower_bound=2
 )
 flags.DEFINE_integer(
   'passkey', 1024, 'Tokens of a text with a number in it.', lower_bound=128
@@ -77,7 +81,8 @@ flags.DEFINE_list('pieces', ['nll', 'passkey'], 'What to measure.')
 flags.DEFINE_float('minutes', 1e9, 'After so many no piece is begun.')
 flags.DEFINE_bool('rerun', False, 'Run pieces that are stored already.')
 
-PIECES = ('beyond', 'nll', 'passkey')
+_TABLES = ('windows', 'passkey', 'asked', 'beyond')
+PIECES = ('asked', 'beyond', 'nll', 'passkey', 'step')
 
 
 def _evicting(ratio: float, *more: str) -> tuple[str, ...]:
@@ -209,16 +214,16 @@ def main(argv: Sequence[str]) -> None:
       f'for are {settings}. Give another --store, or --rerun to replace it.'
     )
   if not stored or stored['settings'] != settings:
-    stored = {'settings': settings, 'windows': {}, 'passkey': {}, 'beyond': {}}
-  if any(_missing(stored)):
-    run(stored)
-  results.write_text(FLAGS.page, kv_page.page(stored, ROWS))
+    _write({'settings': settings, **{kind: {} for kind in _TABLES}})
+  wanted = list(_wanted())
+  if FLAGS.rerun or any(not _has(load(FLAGS.store), *one) for one in wanted):
+    run(wanted)
+  results.write_text(FLAGS.page, kv_page.page(load(FLAGS.store), ROWS))
 
 
-def _missing(stored: dict[str, Any]) -> Iterator[tuple[str, str]]:
-  """Pieces (kind, cache) that are to be run, in order."""
-  window = stored['windows'].get(str(FLAGS.window), {}).get('rows', {})
-  tables = {'nll': window, **stored}
+def _wanted() -> Iterator[tuple[str, str]]:
+  """The pieces (kind, cache) that were asked for, in order, each once."""
+  seen = set()
   for group, texts in ROWS.items():
     if FLAGS.only and group not in FLAGS.only:
       continue
@@ -226,46 +231,62 @@ def _missing(stored: dict[str, Any]) -> Iterator[tuple[str, str]]:
       if (group == 'beyond') != (kind == 'beyond'):
         continue
       for text in texts:
-        if FLAGS.rerun or text not in tables[kind]:
+        if (kind, text) not in seen:  # A cache may stand in several groups.
+          seen.add((kind, text))
           yield kind, text
 
 
-def run(stored: dict[str, Any]) -> None:
+def _rows(stored: dict[str, Any], kind: str) -> dict[str, Any]:
+  """{cache: row} of a kind; those of two kinds are kept by window."""
+  if kind not in ('nll', 'step'):
+    return stored[kind]
+  rows = 'rows' if kind == 'nll' else 'steps'
+  table = stored['windows'].setdefault(str(FLAGS.window), {})
+  return table.setdefault(rows, {})
+
+
+def _has(stored: dict[str, Any], kind: str, text: str) -> bool:
+  return text in _rows(stored, kind)
+
+
+def _write(stored: dict[str, Any]) -> None:
+  body = json.dumps(stored, indent=1, ensure_ascii=False)
+  results.write_text(FLAGS.store, body + '\n')
+
+
+def run(wanted: Sequence[tuple[str, str]]) -> None:
   """Measures what is missing and stores each piece as it is done."""
   begin = time.monotonic()
   model = models.load(FLAGS.model)
-  stored['run'] = f'JAX {jax.__version__}, {jax.devices()[0].device_kind}'
-  windows: Any = None
-  reference: Any = None
-  done = set()
-  for kind, text in list(_missing(stored)):
-    if (kind, text) in done:
-      continue  # A cache may stand in several groups.
+  windows, reference = _reference(model)
+  for kind, text in wanted:
+    if not FLAGS.rerun and _has(load(FLAGS.store), kind, text):
+      continue
     if time.monotonic() - begin > 60 * FLAGS.minutes:
       print('out of time; the same command goes on', flush=True)
       break
-    done.add((kind, text))
     start = time.monotonic()
     config = _config(text, model)
     if kind == 'nll':
-      if windows is None:
-        windows, reference = _reference(stored, model)
       row = measure(model, windows, reference, config)
-      stored['windows'][str(FLAGS.window)]['rows'][text] = row
-    elif kind == 'passkey':
-      row = {
-        'unasked': _passkey(model, config, False),
-        'asked': _passkey(model, config, True),
-      }
-      stored['passkey'][text] = row
-    else:
+    elif kind == 'step':
+      row = {'ms': round(step_ms(model, config, windows.tokens), 1)}
+    elif kind == 'beyond':
       row = _beyond(model, config)
-      stored['beyond'][text] = row
+    else:
+      row = kv_retrieval.retrieval(
+        model,
+        config,
+        FLAGS.passkey,
+        asked=kind == 'asked',
+        trials=FLAGS.trials,
+      )
     row['seconds'] = round(time.monotonic() - start, 1)
     summary = ', '.join(f'{name} {value}' for name, value in row.items())
     print(f'{kind} {text}: {summary}', flush=True)
-    body = json.dumps(stored, indent=1, ensure_ascii=False)
-    results.write_text(FLAGS.store, body + '\n')
+    stored = load(FLAGS.store)  # Another process may have written meanwhile.
+    _rows(stored, kind)[text] = row
+    _write(stored)
 
 
 def _config(text: str, model: models.Model) -> interface.CacheConfig:
@@ -283,23 +304,23 @@ def _config(text: str, model: models.Model) -> interface.CacheConfig:
   return registry.parse(text.replace('CALIBRATED', FLAGS.channels))
 
 
-def _reference(
-  stored: dict[str, Any], model: models.Model
-) -> tuple[Any, np.ndarray]:
+def _reference(model: models.Model) -> tuple[Any, np.ndarray]:
   """The windows and what the model makes of them without a cache."""
   windows = evaluation.load_windows(
     model, source=FLAGS.data, window=FLAGS.window, tokens=FLAGS.tokens
   )
   scorer = adapters.scorer(model.module)
   reference = perplexity.token_nll(scorer, model.variables, windows.tokens)
-  table = stored['windows'].setdefault(str(FLAGS.window), {'rows': {}})
+  found = imbalance(model, windows.tokens[:1])
+  stored = load(FLAGS.store)
+  stored['run'] = f'JAX {jax.__version__}, {jax.devices()[0].device_kind}'
+  stored['imbalance'] = found
+  table = stored['windows'].setdefault(str(FLAGS.window), {})
   table['float'] = float(np.exp(reference.mean(dtype=np.float64)))
   table['text'] = windows.description
-  if 'imbalance' not in stored:
-    stored['imbalance'] = imbalance(model, windows.tokens[:1])
-    worst = max(row['largest'] for row in stored['imbalance'])
-    print(f'token norm imbalance: at most {worst}', flush=True)
-  print(f'float: {table["float"]:.3f}', flush=True)
+  _write(stored)
+  worst = max(row['largest'] for row in found)
+  print(f'float: {table["float"]:.3f}; norms apart: {worst}', flush=True)
   return windows, reference
 
 
@@ -309,7 +330,7 @@ def measure(
   reference: np.ndarray,
   config: interface.CacheConfig,
 ) -> dict[str, Any]:
-  """Perplexity, bytes and the time of a step of one cache."""
+  """Perplexity and bytes of one cache."""
   variables = generation.prepared(model, config)
   scorer = adapters.cached_scorer(model.module, config, FLAGS.chunk)
   nll = perplexity.token_nll(scorer, variables, windows.tokens)
@@ -319,15 +340,12 @@ def measure(
     nll,
     config=bootstrap.BootstrapConfig(),
   )
-  row = {
+  return {
     'nll': round(float(nll.mean(dtype=np.float64)), 5),
     'perplexity': round(float(np.exp(nll.mean(dtype=np.float64))), 3),
     'ratio': [round(x, 4) for x in (ratio.value, ratio.low, ratio.high)],
     **_bytes(model, config),
   }
-  if FLAGS.steps:
-    row['ms'] = round(step_ms(model, variables, config, windows.tokens), 1)
-  return row
 
 
 def _bytes(
@@ -360,14 +378,6 @@ def _beyond(
   """Of one number in the middle of a text that is too long."""
   return kv_retrieval.retrieval(
     model, config, FLAGS.beyond, asked=True, depths=(0.5,), trials=1
-  )
-
-
-def _passkey(
-  model: models.Model, config: interface.CacheConfig, asked: bool
-) -> dict[str, Any]:
-  return kv_retrieval.retrieval(
-    model, config, FLAGS.passkey, asked=asked, trials=FLAGS.trials
   )
 
 
@@ -404,9 +414,10 @@ def imbalance(model: models.Model, tokens: np.ndarray) -> list[dict]:
 
 
 def step_ms(
-  model: models.Model, variables: Any, config: Any, tokens: np.ndarray
+  model: models.Model, config: interface.CacheConfig, tokens: np.ndarray
 ) -> float:
   """Median milliseconds of a decoding step behind a window, batch 1."""
+  variables = generation.prepared(model, config)
   lm = adapters.language_model(model.module, config)
   steps = FLAGS.steps
   room = FLAGS.window - steps - 1

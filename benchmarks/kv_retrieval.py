@@ -44,17 +44,16 @@ def retrieval(
     one; 'nll': mean of the negative log-likelihood of a number's tokens.
   """
   rng = np.random.default_rng(0)
-  hits: list[bool] = []
-  losses: list[float] = []
+  keys = []
+  texts = []
   for depth in depths:
-    keys = [str(key) for key in rng.integers(10_000, 100_000, trials)]
-    texts = [_fit(model, key, depth, length) for key in keys]
-    for found, loss in _answers(model, config, texts, keys, asked):
-      hits.append(found)
-      losses.append(loss)
+    for key in map(str, rng.integers(10_000, 100_000, trials)):
+      keys.append(key)
+      texts.append(_fit(model, key, depth, length))
+  answers = _answers(model, config, texts, keys, asked)
   return {
-    'found': [sum(hits), len(hits)],
-    'nll': round(float(np.mean(losses)), 4),
+    'found': [sum(found for found, _ in answers), len(answers)],
+    'nll': round(float(np.mean([loss for _, loss in answers])), 4),
   }
 
 
