@@ -5,6 +5,7 @@ attention sees what is asked for. Here the text is read first and the question
 after it (kvpress's protocol), or both together, for comparison.
 """
 
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -40,8 +41,8 @@ def retrieval(
     depths: where the number stands. trials: numbers each.
 
   Returns:
-    'found': [how many, of how many], every token of the number the most likely
-    one; 'nll': mean of the negative log-likelihood of a number's tokens.
+    'found': [how many, of how many], every digit of the number the most likely
+    one; 'nll': mean of the negative log-likelihood of a number's digits.
   """
   rng = np.random.default_rng(0)
   keys = []
@@ -80,16 +81,20 @@ def _answers(
   keys: Sequence[str],
   asked: bool,
 ) -> list[tuple[bool, float]]:
-  """Whether each number is found, and the mean loss of its tokens.
+  """Whether each number is found, and the mean loss of its digits.
 
-  The number is read behind the question: it is found if the model would have
-  written it, greedily, token by token.
+  The digits are read behind the question: they are found if the model would
+  have written them, greedily, token by token. What tokenizers put between, such
+  as a space, counts as the question's.
   """
   lm = adapters.language_model(model.module, config)
   variables = generation.prepared(model, config)
   encode = lambda text: model.tokenizer.encode(text).ids
-  question = encode(_QUESTION)
-  answers = [encode(f'{_QUESTION} {key}')[len(question) :] for key in keys]
+  whole = [encode(f'{_QUESTION} {key}') for key in keys]
+  # Keys do not begin with 0: only what all answers share is the same.
+  shared = os.path.commonprefix([*whole, encode(f'{_QUESTION} 0')])
+  question = shared
+  answers = [own[len(question) :] for own in whole]
   first = [encode(text) for text in texts]
   second = [question + own for own in answers]
   if asked:

@@ -50,7 +50,7 @@ def metrics(
         conventions={
           'depths': len(config.depths),
           'trials': config.trials,
-          'found': 'greedy text begins with the number',
+          'found': 'first number of the greedy text',
         },
       )
     )

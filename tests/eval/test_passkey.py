@@ -36,6 +36,15 @@ class PromptTest(parameterized.TestCase):
     filler = len(passkey._FILLER)
     self.assertGreater(len(ids) + filler, length)
 
+  @parameterized.parameters(
+    (' 12345. The', '12345'),
+    (' a 12345', '12345'),
+    ('123456', '123456'),
+    (' is hidden', ''),
+  )
+  def test_an_answer_is_its_first_number(self, text, number):
+    self.assertEqual(passkey.first_number(text), number)
+
 
 class RetrievalTest(parameterized.TestCase):
   def run_with(self, answer):
