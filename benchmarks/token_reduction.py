@@ -9,9 +9,19 @@ for this model and setting are not run again (`--rerun` does), so the command
 can be interrupted, and a new reducer costs its own rows. Writes
 docs/token_reduction.json and, from it, docs/token_reduction.md.
 
-No reducer here is trained, nor is the model trained for reduced tokens: what
-the table shows is what a method chooses, not what a model can learn to do with
-it. Reducers whose method is a training are measured by their own tests.
+Most reducers are put into the model as they are: their rows show what a method
+chooses, not what a model can learn to do with it. Those whose method is a
+training are read from --reducers, a folder with one of
+experiments.train_reducer for each of TRAINED:
+
+  for name in qtsplus cacovid tokenflex tokenflex_4 tokenflex_1 embedlens \
+      vqtoken vqtoken_codes tome random; do
+    python -m experiments.train_reducer --model=FOLDER --output=ROOT/$name \
+      --flagfile=experiments/flags/mosaicqa_$name.flags
+  done
+  python -m benchmarks.token_reduction --model=FOLDER --reducers=ROOT
+
+Rows of reducers that are not there are left out.
 """
 
 import dataclasses
@@ -25,17 +35,23 @@ import numpy as np
 from absl import flags
 
 from benchmarks import encoder_reduction
+from benchmarks import reduction_checks as checks
 from experiments import (
   cli,
   mosaic_evaluation,
   results,
   token_reduction,
   training,
+  training_files,
 )
-from jaxq.tokens import interface, registry
+from jaxq.data import mosaic
+from jaxq.tokens import cacovid, interface, registry
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string('model', None, 'Folder of experiments.train.')
+flags.DEFINE_string(
+  'reducers', None, 'Folder of trained reducers, by name; None: no such rows.'
+)
 flags.DEFINE_string('store', 'docs/token_reduction.json', 'The stored results.')
 flags.DEFINE_string('page', 'docs/token_reduction.md', 'The page from them.')
 flags.DEFINE_list('only', [], 'Methods to run; default all.')
@@ -44,12 +60,23 @@ flags.DEFINE_integer('videos', 128, 'Test videos of each seed.', lower_bound=1)
 flags.DEFINE_integer('seeds', 3, 'Of videos and of what draws.', lower_bound=1)
 flags.DEFINE_bool('rerun', False, 'Run rows that are stored already.')
 
-BUDGETS = (0.5, 0.25, 0.15, 0.1, 0.05)
-CONTROLS = ('random', 'uniform', 'frames')
-QUERY_AWARE = ('fastv, layer 1', 'fastv, layer 2', 'sparsevlm, layer 1')
+BUDGETS = checks.BUDGETS
 ORACLE = 'quota, oracle frames'
-BLIND = ('tome', 'visionzip', 'prumerge', 'prumerge_plus', 'vqtoken_codes')
-_ALL = 'all tokens'
+# Row: its folder in --reducers, and fields of the reducer that are other there.
+TRAINED: Mapping[str, tuple[str, Mapping[str, Any]]] = {
+  'qtsplus': ('qtsplus', {}),
+  'cacovid': ('cacovid', {}),
+  'cacovid, policy alone': ('cacovid', {'importance': 1.0}),
+  'tokenflex': ('tokenflex', {}),
+  'tokenflex, 4 a frame only': ('tokenflex_4', {}),
+  'tokenflex, 1 a frame only': ('tokenflex_1', {}),
+  'embedlens': ('embedlens', {}),
+  'vqtoken': ('vqtoken', {'codes': 0}),
+  checks.CODES: ('vqtoken_codes', {'codes': 0}),
+  'tome, decoder trained': ('tome', {}),
+  'random, decoder trained': ('random', {}),
+}
+_ALL = checks.ALL
 _KINDS = ('cell', 'presence', 'count', 'order')
 
 Store = dict[str, dict[str, Any]]
@@ -59,9 +86,16 @@ def method(
   name: str, ratio: float, trained: training.Trained
 ) -> token_reduction.Method | None:
   """A row's method at a budget; None where it cannot be had."""
+  if name in TRAINED:
+    return _trained_method(name, ratio, trained)
   n = trained.model.num_visual
   K = interface.budget_from_ratio(n, ratio).k_max
   reducer, _, place = name.partition(', ')
+  if name == checks.PEAKS:
+    peaks = cacovid.CaCoVIDConfig(
+      budget=ratio, scorer='given', importance=1.0, cap=1.0
+    )
+    return token_reduction.Method(config=peaks, scores='peaks')
   config = dataclasses.replace(registry.REDUCERS[reducer], budget=ratio)
   fields: dict[str, Any] = {}
   if reducer == 'visionzip':  # A sixth of the budget, as 10 of 64.
@@ -82,15 +116,38 @@ def method(
   return token_reduction.Method(config=dataclasses.replace(config, **fields))
 
 
+def _trained_method(
+  name: str, ratio: float, trained: training.Trained
+) -> token_reduction.Method | None:
+  """A row of TRAINED; None where --reducers has it not."""
+  folder, fields = _folder_of(name), TRAINED[name][1]
+  if folder is None:
+    return None
+  found = token_reduction.parse(str(folder), trained)
+  config: Any = found.config
+  config = dataclasses.replace(config, budget=ratio, **fields)
+  return dataclasses.replace(found, config=config)
+
+
+def _folder_of(name: str) -> pathlib.Path | None:
+  """Where the reducer of a row of TRAINED is, if it is there."""
+  if FLAGS.reducers is None or name not in TRAINED:
+    return None
+  folder = pathlib.Path(FLAGS.reducers) / TRAINED[name][0]
+  return folder if training_files.is_complete(folder) else None
+
+
 METHODS = (
-  *CONTROLS,
+  *checks.CONTROLS,
+  checks.PEAKS,
   'average_pool',
   'adaptive_pool',
   'bilinear_pool',
-  *BLIND,
+  *checks.BLIND,
   'dycoke',
-  *QUERY_AWARE,
+  *checks.QUERY_AWARE,
   ORACLE,
+  *TRAINED,
 )
 
 
@@ -107,8 +164,9 @@ def main(argv: Sequence[str]) -> None:
     results.write_text(store_path, json.dumps(store, indent=1) + '\n')
     results.write_text(FLAGS.page, page(store))
 
-  def wanted(key: str) -> bool:
-    return FLAGS.rerun or key not in store
+  def wanted(key: str, how: Mapping[str, Any] | None = None) -> bool:
+    # A reducer that was trained in another way is another row.
+    return FLAGS.rerun or key not in store or store[key].get('trained') != how
 
   if 'mosaicqa' in FLAGS.parts:
     if FLAGS.model is None:
@@ -143,25 +201,35 @@ def _mosaicqa(trained: training.Trained, wanted, keep) -> None:
       continue
     for ratio in (1.0,) if label == _ALL else BUDGETS:
       key = f'MosaicQA {name}, {label}, {ratio:g}'
-      if not wanted(key):
+      used = None if label == _ALL else method(label, ratio, trained)
+      if used is None and label != _ALL:
         continue
-      how = None if label == _ALL else method(label, ratio, trained)
-      if how is None and label != _ALL:
+      folder = _folder_of(label)
+      how = None if folder is None else checks.how_trained(folder)
+      if not wanted(key, how):
         continue
-      measured = token_reduction.measure(trained, how, encoded)
-      row = token_reduction.row(label, trained, how, measured, conventions)
+      measured = token_reduction.measure(trained, used, encoded)
+      row = token_reduction.row(label, trained, used, measured, conventions)
       by_seed = np.split(measured.right, FLAGS.seeds)
-      keep(
-        key,
-        {
-          'part': 'MosaicQA',
-          'method': label,
-          'budget': ratio,
-          'accuracy by seed': [float(right.mean()) for right in by_seed],
-          **dataclasses.asdict(row),
-        },
-      )
+      stored = {
+        'part': 'MosaicQA',
+        'method': label,
+        'budget': ratio,
+        'accuracy by seed': [float(right.mean()) for right in by_seed],
+        'tokens by kind': _tokens_by_kind(measured),
+        **dataclasses.asdict(row),
+      }
+      keep(key, stored | ({'trained': how} if how else {}))
       print(f'{key}: {row["accuracy"].value:.3f}', file=sys.stderr, flush=True)
+
+
+def _tokens_by_kind(measured: token_reduction.Measured) -> dict[str, float]:
+  """Mean slots in use, by kind of question."""
+  return {
+    kind: float(measured.tokens[measured.kinds == i].mean())
+    for i, kind in enumerate(mosaic.KINDS)
+    if (measured.kinds == i).any()
+  }
 
 
 def page(store: Store) -> str:
@@ -172,30 +240,49 @@ def page(store: Store) -> str:
     parts += ['', '## MosaicQA', '', *_preamble(rows)]
     for ratio in BUDGETS:
       parts += ['', f'### {ratio:.0%} of the tokens', '', _table(rows, ratio)]
-    parts += ['', '### What was expected', '', *checks(rows)]
+    parts += ['', '### What was expected', '', *checks.lines(rows)]
+    parts += _how_trained(rows)
   parts += ['', encoder_reduction.page(store)]
   return '\n'.join(parts).rstrip() + '\n'
 
 
 _PREFACE = """\
 Made by `python -m benchmarks.token_reduction`; do not edit. A reducer is put
-into a model that was trained with all tokens, and nothing is trained: the
-table shows what a method chooses. Reducers whose method is a training
-(CaCoVID, QTSplus, EchoingPixels, TokenFLEX, PVC, LangDC, VQToken's map, Follow
-the Flow) or whose classes have to be found for a model first (EmbedLens) are
-not in it. In brackets: 95 % bootstrap intervals over videos."""
+into a model that was trained with all tokens. Rows of reducers whose method is
+a training, or whose classes have to be found for a model first, stand behind
+the others of each budget; how they were trained stands below, and where the
+decoder was trained with them. Not in the table: EchoingPixels, PVC, LangDC and
+Follow the Flow, which need another model than this one
+(`experiments/reducer_training/registry.py`). In brackets: 95 % bootstrap
+intervals over videos."""
+
+
+def _how_trained(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+  """A line per trained reducer, as its rows have stored it."""
+  found = {}
+  for row in rows:
+    if 'trained' in row:
+      found[row['method']] = row['trained']
+  if not found:
+    return []
+  lines = ['', '### How the trained ones were trained', '']
+  for name, how in found.items():
+    fields = ', '.join(f'{k}={v}' for k, v in how['train'].items())
+    schedule = ', '.join(f'{k} {v}' for k, v in how['schedule'].items())
+    lines.append(f'- {name}: `{how["reducer"]}`; {fields}; {schedule}.')
+  return lines
 
 
 def _preamble(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-  full = _find(rows, _ALL, 1.0)
+  full = checks.find(rows, _ALL, 1.0)
   if full is None:
     return []
-  metric = _metrics(full)['accuracy']
+  metric = checks.metrics(full)['accuracy']
   made = metric['conventions']
   kinds = ', '.join(
-    f'{kind} {_metrics(full)[kind]["value"]:.1%}'
+    f'{kind} {checks.metrics(full)[kind]["value"]:.1%}'
     for kind in _KINDS
-    if kind in _metrics(full)
+    if kind in checks.metrics(full)
   )
   verdict = (
     'as is needed'
@@ -205,98 +292,41 @@ def _preamble(rows: Sequence[Mapping[str, Any]]) -> list[str]:
   return [
     f'{made["data"]}; {made["videos"]} videos of {made["seeds"]} seeds with '
     f'{mosaic_evaluation.QUESTIONS} questions each. With all '
-    f'{_metrics(full)["tokens"]["value"]:.0f} tokens the accuracy is '
+    f'{checks.metrics(full)["tokens"]["value"]:.0f} tokens the accuracy is '
     f'{_interval(metric)} ({kinds}), {verdict}; '
-    f'{_metrics(full)["time"]["value"]:.2f} ms a video. Evidence recall: share '
-    'of the tokens that a question is answered from which are kept, or '
-    f'merged into a slot of at most {token_reduction.LARGEST_SLOT:g}. FLOPs: '
-    'of the decoder. Time: of reducer and decoder, as a multiple of the '
-    'decoder with all tokens; of a model of this size it is mostly the reducer '
-    'and says nothing about larger ones.',
+    f'{checks.metrics(full)["time"]["value"]:.2f} ms a video. Evidence '
+    'recall: share of the tokens that a question is answered from which are '
+    'kept, or merged into a slot of at most '
+    f'{token_reduction.LARGEST_SLOT:g}. FLOPs: of the decoder. Time: of '
+    'reducer and decoder, as a multiple of the decoder with all tokens; of a '
+    'model of this size it is mostly the reducer and says nothing about larger '
+    'ones.',
   ]
 
 
 def _table(rows: Sequence[Mapping[str, Any]], ratio: float) -> str:
   """One budget, the controls first."""
-  full = _find(rows, _ALL, 1.0)
+  full = checks.find(rows, _ALL, 1.0)
   lines = []
-  shown = [k for k in _KINDS if full and k in _metrics(full)]
+  shown = [k for k in _KINDS if full and k in checks.metrics(full)]
   head = ['method', 'accuracy', *shown, 'evidence recall', 'tokens', 'FLOPs']
   for name in METHODS:
-    row = _find(rows, name, ratio)
+    row = checks.find(rows, name, ratio)
     if row is None:
       continue
-    m = _metrics(row)
+    m = checks.metrics(row)
     cells = [name, _interval(m['accuracy'])]
     cells += [f'{m[k]["value"]:.1%}' if k in m else '' for k in shown]
     cells += [f'{m["evidence recall"]["value"]:.1%}']
     cells += [f'{m["tokens"]["value"]:.1f}', f'{m["FLOPs"]["value"]:.1%}']
     if full is not None:
-      cells.append(f'{_value(row, "time") / _value(full, "time"):.2f}x')
+      cells.append(
+        f'{checks.value(row, "time") / checks.value(full, "time"):.2f}x'
+      )
     lines.append('| ' + ' | '.join(cells) + ' |')
   head += ['time'] if full is not None else []
   rule = '| --- |' + ' ---: |' * (len(head) - 1)
   return '\n'.join(['| ' + ' | '.join(head) + ' |', rule, *lines])
-
-
-def checks(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-  """What the testbed is expected to show, and what it showed."""
-  full, random = _find(rows, _ALL, 1.0), _find(rows, 'random', 0.25)
-  out = []
-  if full and random:
-    drop = _value(full, 'accuracy') - _value(random, 'accuracy')
-    high = _metrics(random)['accuracy']['high']
-    clear = high < _metrics(full)['accuracy']['low']
-    out.append(
-      f'- Random tokens at 25 % cost accuracy: {drop:.1%} points, '
-      f'{_verdict(clear)}.'
-    )
-  for ratio in (0.25, 0.1):
-    control = _find(rows, 'random', ratio)
-    for name in BLIND:
-      row = _find(rows, name, ratio)
-      if row and control:
-        gain = _value(row, 'evidence recall') - _value(
-          control, 'evidence recall'
-        )
-        out.append(
-          f'- {name} finds more evidence than random at {ratio:.0%}: '
-          f'{gain:+.1%} points, {_verdict(gain > 0)}.'
-        )
-  for ratio in (0.1, 0.05):
-    blind = [r for r in (_find(rows, n, ratio) for n in BLIND) if r]
-    aware = [r for r in (_find(rows, n, ratio) for n in QUERY_AWARE) if r]
-    if blind and aware:
-      best_blind = max(blind, key=lambda r: _value(r, 'accuracy'))
-      best_aware = max(aware, key=lambda r: _value(r, 'accuracy'))
-      gain = _value(best_aware, 'accuracy') - _value(best_blind, 'accuracy')
-      out.append(
-        f'- The best that sees the question ({best_aware["method"]}) beats the '
-        f'best that does not ({best_blind["method"]}) at {ratio:.0%}: '
-        f'{gain:+.1%} points, {_verdict(gain > 0)}.'
-      )
-  return out
-
-
-def _verdict(met: bool) -> str:
-  return 'as expected' if met else 'NOT as expected'
-
-
-def _find(
-  rows: Sequence[Mapping[str, Any]], method_name: str, ratio: float
-) -> Mapping[str, Any] | None:
-  for row in rows:
-    if row['method'] == method_name and row['budget'] == ratio:
-      return row
-  return None
-
-
-def _metrics(row: Mapping[str, Any]) -> dict[str, Any]:
-  return {m['name']: m for m in row['metrics']}
-
-
-def _value(row: Mapping[str, Any], name: str) -> float:
-  return float(_metrics(row)[name]['value'])
 
 
 def _interval(metric: Mapping[str, Any]) -> str:

@@ -115,8 +115,9 @@ _TOKEN_REDUCER = flags.DEFINE_multi_string(
   'token_reducer',
   [],
   'What keeps or merges tokens: of a MosaicQA model the visual ones, as in '
-  'tome:budget=0.25 (pictures of it go beside --output), of vit-s14 and '
-  'whisper-base those inside the encoder, as in tome:r=13.',
+  'tome:budget=0.25 or a folder of experiments.train_reducer (pictures of it '
+  'go beside --output), of vit-s14 and whisper-base those inside the encoder, '
+  'as in tome:r=13.',
 )
 _VIDEOS = flags.DEFINE_integer(
   'videos', 128, 'Test videos to measure a MosaicQA model on.', lower_bound=1
@@ -182,7 +183,7 @@ def _evaluate_mosaic(kv_cache: Any) -> None:
   run = results.run_info(cli.resolved_flags())
   results.save(_OUTPUT.value, results.Result(run=run, rows=rows))
   for text in _TOKEN_REDUCER.value:
-    method = token_reduction.parse(text, trained.model)
+    method = token_reduction.parse(text, trained)
     token_pictures.save(
       pathlib.Path(_OUTPUT.value).parent,
       text,

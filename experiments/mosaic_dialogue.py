@@ -41,7 +41,7 @@ def say(
     )
   method = None
   if text is not None:
-    method = token_reduction.parse(text, trained.model)
+    method = token_reduction.parse(text, trained)
   token_reduction.check_cached(method, text)
   sample = mosaic_evaluation.source(trained.data)[video]
   shown = [
@@ -57,6 +57,7 @@ def say(
     visual = visual_tokens.visual_of(model, params, *shown)
     seen: Any = visual.tokens
     if method is not None:
+      params = {**params, **method.model}
       key = jax.random.key(0)
       seen = token_reduction.reduce(model, method, params, visual, ids, key)
     return visual_tokens.generate(

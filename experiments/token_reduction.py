@@ -17,43 +17,61 @@ every question by itself, others once per video. Beside the accuracy stand
 import dataclasses
 import functools
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments import mosaic_evaluation, results, token_pictures, training
+from experiments import (
+  mosaic_evaluation,
+  reducer_inputs,
+  results,
+  token_pictures,
+  trained_reducers,
+  training,
+)
 from jaxq.data import mosaic
-from jaxq.tokens import interface, primitives, registry, sparsevlm
+from jaxq.tokens import (
+  interface,
+  registry,
+  sparsevlm,
+)
 from models import vision_language, visual_tokens
 
 LARGEST_SLOT = 4.0  # A token in a larger one counts as lost.
-SCORES = ('class', 'evidence', 'received')
 _IN_DECODER = ('FastvConfig', 'SparseVlmConfig')
-_UNLIKELY = 0.1  # The oracle's score of other frames.
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Method:
   """A reducer and how it is fed.
 
-  config: of `jaxq.tokens.registry`. scores: of SCORES, what a reducer gets that
-  takes scores in front of the decoder; 'evidence' is an oracle that gives the
-  frames a question is answered from 1 and others 0.1. layer: of the decoder, in
-  front of which it stands; 0: in front of all. params: its own.
+  Attributes:
+    config: of `jaxq.tokens.registry`.
+    scores: of reducer_inputs.SCORES, what a reducer gets that takes scores in
+      front of the decoder.
+    layer: of the decoder, in front of which it stands; 0: in front of all.
+    params: its own.
+    model: parts of the model's parameters that were trained with it, which
+      take the place of the model's.
+    features: whether it reads the encoder's features, in place of the
+      projector.
   """
 
   config: interface.Config
   scores: str = 'class'
   layer: int = 0
   params: Any = None
+  model: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  features: bool = False
 
   def __post_init__(self):
-    if self.scores not in SCORES:
+    if self.scores not in reducer_inputs.SCORES:
       raise ValueError(
-        f'Method: scores={self.scores!r}; allowed are {sorted(SCORES)}.'
+        f'Method: scores={self.scores!r}; allowed are '
+        f'{sorted(reducer_inputs.SCORES)}.'
       )
 
   @property
@@ -92,26 +110,36 @@ class Encoded:
   kinds: np.ndarray
 
 
-def parse(text: str, model: vision_language.VisionLanguageConfig) -> Method:
+def parse(text: str, trained: training.Trained) -> Method:
   """`--token_reducer` as a method for this model.
 
-  One that stands behind a layer the decoder has not stands in front of its last
-  one.
+  It is a text of jaxq.tokens.registry, or a folder of experiments.train_reducer
+  with fields behind it, as 'FOLDER:budget=0.1'. One that stands behind a layer
+  the decoder has not stands in front of its last one.
 
   Raises:
-    ValueError: unknown reducer or field, or one that needs trained parameters.
+    ValueError: unknown reducer or field, one that needs trained parameters and
+      is no folder, or a folder of another model.
   """
+  if trained_reducers.is_folder(text):
+    found = trained_reducers.load(text, trained)
+    return Method(
+      config=found.config,
+      params=found.params,
+      model=found.model,
+      features=found.features,
+    )
   config: Any = registry.parse(text)
   if config.traits.params:
     raise ValueError(
       f'--token_reducer={text}: it needs parameters that are trained for this '
-      'model, which the command line cannot give. Use one without, as '
-      'tome:budget=0.25.'
+      'model. Train them by experiments.train_reducer and give their folder, '
+      'or use one without, as tome:budget=0.25.'
     )
   layer = 0
   if type(config).__name__ in _IN_DECODER:
     layer = getattr(config, 'layer', 0) or config.layers[0]
-    layer = min(layer, model.num_layers - 1)
+    layer = min(layer, trained.model.num_layers - 1)
   return Method(config=config, layer=layer)
 
 
@@ -192,6 +220,8 @@ def answers(
     visual: of B videos. text: (B, Q, L). evidence: (B, Q, N) bool.
     rng: of methods that draw.
   """
+  if method is not None:
+    params = {**params, **method.model}
   B, Q, L = text.shape
   each = text.reshape(B * Q, L)
   lengths = jnp.sum(each != mosaic.TOKENS['pad'], axis=1)
@@ -252,15 +282,9 @@ def reduce(
   """
   config, traits = method.config, method.config.traits
   ts, given = visual.tokens, {}
-  scores = visual.class_scores
-  if method.scores == 'received':
-    scores = visual.received
-  elif method.scores == 'evidence':
-    assert evidence is not None
-    by_frame = evidence.reshape(evidence.shape[0], model.frames, -1)
-    relevant = jnp.any(by_frame, axis=2, keepdims=True)
-    scores = jnp.where(relevant, 1.0, _UNLIKELY)
-    scores = jnp.broadcast_to(scores, by_frame.shape).reshape(evidence.shape)
+  if method.features:
+    ts = dataclasses.replace(ts, tokens=visual.features)
+  scores = reducer_inputs.scores_of(method.scores, model, visual, evidence)
   if traits.scores:
     given['scores'] = scores
   if traits.query:
@@ -274,10 +298,10 @@ def reduce(
   budget = config.budget_for(ts)
   if not traits.class_token:
     return config.reduce(ts, budget=budget, **given)
-  with_class = _with_class(visual)
+  with_class = reducer_inputs.with_class(visual)
   given['scores'] = jnp.pad(scores, ((0, 0), (1, 0)))
   reduced = config.reduce(with_class, budget=budget, **given)
-  return _without_first(reduced)
+  return reducer_inputs.without_first(reduced)
 
 
 def evidence_recall(
@@ -344,6 +368,7 @@ def picture(trained: training.Trained, method: Method, video: int = 0) -> str:
 
   @jax.jit
   def kept(params, frames, text):
+    params = {**params, **method.model}
     visual = visual_tokens.visual_of(model, params, frames)
     if method.layer:
       reduced = _inside(model, method, params, visual, text)[1]
@@ -382,7 +407,7 @@ def compare(
     'kv_cache': str(kv_cache) if kv_cache is not None else 'none',
   }
   methods: dict[str, Method | None] = {'all tokens': None}
-  methods |= {text: parse(text, trained.model) for text in texts}
+  methods |= {text: parse(text, trained) for text in texts}
   return tuple(
     row(
       name,
@@ -435,31 +460,3 @@ def check_cached(method: Method | None, text: str | None) -> None:
       'two lengths, which this command has not. Use a reducer in front of the '
       'decoder, as visionzip, or leave --kv_cache out.'
     )
-
-
-def _with_class(visual: visual_tokens.Visual) -> interface.TokenSet:
-  """The tokens behind a class token, the mean of those of the frames."""
-  ts = visual.tokens
-  first = jnp.mean(visual.class_tokens, axis=1, keepdims=True)
-  grow: Callable[[Any], Any] = lambda a: jnp.pad(
-    a, ((0, 0), (1, 0)) + ((0, 0),) * (a.ndim - 2)
-  )
-  return interface.token_set(
-    jnp.concatenate([first, ts.tokens], axis=1),
-    mask=jnp.pad(ts.mask, ((0, 0), (1, 0)), constant_values=True),
-    positions=grow(ts.positions),
-    keys=None if ts.keys is None else grow(ts.keys),
-    grid=ts.grid,
-    special=1,
-  )
-
-
-def _without_first(reduced: interface.Reduced) -> interface.Reduced:
-  """Less the slot of source token 0, of which the decoder knows nothing."""
-  reduced = dataclasses.replace(
-    reduced,
-    mask=reduced.mask & (reduced.index != 0),
-    index=jnp.where(reduced.index > 0, reduced.index - 1, -1),
-    assignment=reduced.assignment[:, 1:],
-  )
-  return primitives.packed(reduced, reduced.mask.shape[1])

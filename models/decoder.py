@@ -22,9 +22,18 @@ from flax import linen as nn
 from jax.sharding import PartitionSpec
 
 from jaxq.kvcache import contiguous, interface
-from jaxq.nn import attention, blocks, embed, linear, mlp, moe, norms
+from jaxq.nn import (
+  attention,
+  blocks,
+  embed,
+  kernel_inputs,
+  linear,
+  mlp,
+  moe,
+  norms,
+)
 from jaxq.parallel import mesh as mesh_lib
-from models import decoder_config
+from models import decoder_config, query_prediction
 
 Params = Mapping[str, Any]
 Caches = tuple[Any, ...]  # Of interface.Cache, stacked.
@@ -91,17 +100,30 @@ class Block(nn.Module):
 
   def __call__(
     self,
-    x: jax.Array,
+    x: Any,
     positions: jax.Array | None = None,
-    cache: interface.Cache | None = None,
-  ) -> tuple[jax.Array, interface.Update | None]:
-    """(B, T, C) -> (B, T, C), the cache's update. positions None: 0..T-1."""
+    cache: Any = None,
+    shared: Any = None,
+  ) -> tuple[Any, interface.Update | None]:
+    """(B, T, C) -> (B, T, C), the cache's update. positions None: 0..T-1.
+
+    With `shared`, what the caches of a run share, x may come with the rows that
+    the block before fetched for this cache, and goes with the next one's.
+    """
+    x, ahead = x if isinstance(x, tuple) else (x, None)
     positions = _positions(x) if positions is None else positions
-    out, update = self.attention(self.input_norm(x), positions, cache)
+    cache = cache if shared is None else cache.joined(shared, ahead)
+    normed = kernel_inputs.feed(self.input_norm, x, self.attention)
+    out, update = self.attention(normed, positions, cache)
+    if ahead is not None:
+      q = query_prediction.queries(
+        self.attention, cache.next_query(), self.input_norm(x), positions
+      )
+      ahead = cache.fetch_ahead(q, self.config.attention_scale)
     x = x + (self.attention_out_norm(out) if self.config.out_norms else out)
-    out = self.mlp(self.post_norm(x))
+    out = self.mlp(kernel_inputs.feed(self.post_norm, x, self.mlp))
     x = x + (self.mlp_out_norm(out) if self.config.out_norms else out)
-    return x, update
+    return (x if ahead is None else (x, ahead)), update
 
   def attention_output(self, x: jax.Array) -> jax.Array:
     """The attention's output from its normalised input (B, T, C)."""
@@ -141,7 +163,7 @@ class Decoder(nn.Module):
         Block,
         variable_axes={'params': 0, 'quant': 0},
         split_rngs={'params': True},
-        in_axes=(nn.broadcast, 0),
+        in_axes=(nn.broadcast, 0, nn.broadcast),
         out_axes=0,
         length=length,
       )(c, self.implementation, kind)
@@ -177,12 +199,12 @@ class Decoder(nn.Module):
     positions = _positions(x) if positions is None else positions
     if caches is None:
       for run in self.blocks:
-        x, _ = run(x, positions, None)
+        x, _ = run(x, positions, None, None)
       return x, None
     counts = jnp.sum(positions >= 0, axis=1, dtype=jnp.int32)
     out: list[Any] = []
-    for run, cache in zip(self.blocks, caches, strict=True):
-      x, update = run(x, positions, cache)
+    for i, (_, cache) in enumerate(zip(self.blocks, caches, strict=True)):
+      x, update = self._run(i, x, positions, cache)
       assert update is not None
       out.append(interface.append(cache, update, counts))
     return x, tuple(out)
@@ -195,8 +217,18 @@ class Decoder(nn.Module):
     cache: Any = None,
   ) -> tuple[jax.Array, Any]:
     """Run i of the blocks: its input (B, T, C) -> its output, its update."""
-    out: tuple[jax.Array, Any] = self.blocks[i](x, positions, cache)
+    out: tuple[jax.Array, Any] = self._run(i, x, positions, cache)
     return out
+
+  def _run(self, i, x, positions, cache):
+    layers, shared = interface.split(cache)
+    ahead = None if shared is None else shared.ahead(x.shape[1])
+    if ahead is None:
+      return self.blocks[i](x, positions, layers, shared)
+    query = query_prediction.of_run(self.variables, i)
+    shared = shared.replace(query=query)
+    (x, _), update = self.blocks[i]((x, ahead), positions, layers, shared)
+    return x, update
 
   def embed_tokens(
     self, tokens: jax.Array, positions: jax.Array | None = None

@@ -1,4 +1,4 @@
-"""Spellings of JAX that kernels need and that differ, or may, by version.
+"""Spellings of JAX that differ, or may, by version.
 
 Kernels take `interpret=True` from their callers and pass it through
 `interpret_mode`; inside a shard_map an output says over which mesh axes it
@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import compute_on as _compute_on
 from jax.experimental.pallas import mosaic_gpu as _mosaic_gpu
 from jax.experimental.pallas import tpu as pltpu
 
@@ -51,6 +52,17 @@ def out_struct(shape: tuple[int, ...], dtype: Any, *operands: jax.Array) -> Any:
     dtype,
     manual_axis_type=jax.sharding.ManualAxisType(varying=varying),
   )
+
+
+def on_host(f: Any, *args: jax.Array) -> Any:
+  """f of arrays in host memory, run by the processor there; so are its results.
+
+  JAX 0.10 calls compute_on2 what is compute_on from 0.12 on.
+  """
+  spelled: Any = getattr(_compute_on, 'compute_on2', _compute_on.compute_on)
+  host = jax.memory.Space.Host
+  run = spelled(f, compute_type='device_host', out_memory_spaces=host)
+  return run(*args)
 
 
 def no_cotangent(x: jax.Array | None) -> Any:

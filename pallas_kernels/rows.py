@@ -35,13 +35,17 @@ def quantize(x: jax.Array, x_format: str) -> tuple[jax.Array, jax.Array]:
   return encode(x * (1.0 / scale), x_format), scale
 
 
-def encode(x: jax.Array, x_format: str) -> jax.Array:
-  """x float32, in steps -> codes of its shape."""
+def encode(x: jax.Array, x_format: str, narrow: bool = True) -> jax.Array:
+  """x float32, in steps -> codes of its shape.
+
+  Integers are at least -qmax, or, not narrow, -qmax - 1.
+  """
   qmax = float(QMAX[x_format])
   if is_float(x_format):
     return jnp.clip(x, -qmax, qmax).astype(x_format)
   # By way of int32, which the vector unit has.
-  return jnp.clip(jnp.round(x), -qmax, qmax).astype(jnp.int32).astype(jnp.int8)
+  codes = jnp.clip(jnp.round(x), -qmax - (not narrow), qmax)
+  return codes.astype(jnp.int32).astype(jnp.int8)
 
 
 def quantize_in_kernel(

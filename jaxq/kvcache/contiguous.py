@@ -70,7 +70,14 @@ class ContiguousCache:
     cached = kernel.attend(
       q, positions, of_k, of_v, self.length, scoring, plain
     )
-    own = softmax.attend_own(queries, k, v, scoring)
+    own = kernel.attend_own(
+      q,
+      k,
+      v,
+      positions,
+      scoring,
+      lambda: softmax.attend_own(queries, k, v, scoring),
+    )
     out = softmax.finish(softmax.merge(cached, own), q.dtype)
     return out, interface.Update(k=k, v=v)
 
@@ -110,12 +117,11 @@ def append(
   The caller keeps length + T <= capacity: inside jit nothing can be raised, and
   a row that overflows drops its newest tokens.
   """
-  B, T = k.shape[:2]
-  rows = jnp.arange(B)[:, None]
+  T = k.shape[1]
   slots = cache.length[:, None] + jnp.arange(T)[None]  # (B, T)
   return ContiguousCache(
-    k=cache.k.at[rows, slots].set(k.astype(cache.k.dtype), mode='drop'),
-    v=cache.v.at[rows, slots].set(v.astype(cache.v.dtype), mode='drop'),
+    k=stores.scatter(cache.k, k, slots),
+    v=stores.scatter(cache.v, v, slots),
     length=cache.length + T,
   )
 

@@ -31,7 +31,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxq.kvcache import bit_controller, interface, softmax, stores
+from jaxq.kvcache import bit_controller, interface, kernel, softmax, stores
 
 CLASSES = bit_controller.CLASSES
 POLICIES = ('argmax', 'budget')
@@ -207,12 +207,12 @@ class DontWasteBitsCache:
         'dont_waste_bits.decide behind each step, as experiments.adapters does.'
       )
     queries = softmax.group(q, self.kv_heads, scoring.scale)
-    state = self._state(queries, k, v, positions, scoring)
+    state = self._state(q, queries, k, v, positions, scoring)
     out = softmax.finish(state, q.dtype)
     variance = jnp.zeros(positions.shape, jnp.float32)
     if self.config.variance and scoring.softcap is None:
       # sum p^2 = sum exp(2 s) / (sum exp(s))^2.
-      twice = self._state(2 * queries, k, v, positions, scoring)
+      twice = self._state(2 * q, 2 * queries, k, v, positions, scoring)
       squares = softmax.log_sum_exp(twice) - 2 * softmax.log_sum_exp(state)
       seen = (positions + 1).astype(jnp.float32)
       variance = jnp.mean(jnp.exp(squares), axis=(1, 2)) * seen - 1.0
@@ -274,8 +274,15 @@ class DontWasteBitsCache:
       aside=None,
     )
 
-  def _state(self, queries, k, v, positions, scoring) -> softmax.Partial:
-    state = softmax.attend_own(queries, k, v, scoring)
+  def _state(self, q, queries, k, v, positions, scoring) -> softmax.Partial:
+    state = kernel.attend_own(
+      q,
+      k,
+      v,
+      positions,
+      scoring,
+      lambda: softmax.attend_own(queries, k, v, scoring),
+    )
     for i, pool in enumerate(self.pools):
       if pool is None:
         continue

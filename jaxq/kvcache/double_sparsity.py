@@ -20,8 +20,7 @@ Key heads are what tokens are chosen for ('kv_head': the query heads that share
 one vote with their softmaxes), or query heads ('q_head', as in the reference).
 New tokens are always seen. Departures: the query is not rounded with the
 labels, and these are really kept in `label_bits`. Keys and values stay on the
-device: the paper's offloading to the host, with its guess of the next layer's
-query, is not here.
+device, or in host memory with `offload` (jaxq.kvcache.offload).
 """
 
 import dataclasses
@@ -35,7 +34,10 @@ import numpy as np
 from jaxq.kvcache import (
   contiguous,
   interface,
+  kernel,
   label_channels,
+  labels,
+  offload,
   quest,
   slots,
   softmax,
@@ -59,6 +61,11 @@ class DoubleSparsityConfig:
   group_by: of quest.GROUPS. dense_prefill: as quest's.
   inner: what tokens are kept in, of slots.INNER.
   seed: of channels='random'.
+  offload: whether keys and values of layers that are not dense lie in host
+    memory; the device holds their labels and what a step reads.
+  predict: with offload, whether a layer's tokens are asked for by the one
+    before, with a guess of its query.
+  exact_layers: layers that are not guessed.
   """
 
   channels: str = ''
@@ -73,6 +80,9 @@ class DoubleSparsityConfig:
   dense_prefill: bool = True
   inner: str = 'contiguous'
   seed: int = 0
+  offload: bool = False
+  predict: bool = False
+  exact_layers: tuple[int, ...] = ()
 
   def __post_init__(self):
     slots.check_inner('double_sparsity', self.inner)
@@ -100,6 +110,31 @@ class DoubleSparsityConfig:
         f'double_sparsity: sinks={self.sinks} and recent={self.recent} of '
         f'heavy_tokens={self.heavy_tokens}; they are part of them. Lower them.'
       )
+    self._check_offload()
+
+  def _check_offload(self):
+    if self.predict and not self.offload:
+      raise ValueError(
+        'double_sparsity: predict=True, offload=False; a prediction hides the '
+        'way from host memory. Use both, or none.'
+      )
+    if self.exact_layers and not self.predict:
+      raise ValueError(
+        f'double_sparsity: exact_layers={self.exact_layers}, predict=False; '
+        'they are those that are not predicted. Leave them out.'
+      )
+    if not self.offload:
+      return
+    for name, allowed, why in (
+      ('inner', 'contiguous', 'the host gathers rows and does not decode them'),
+      ('min_length', 0, 'reading all of a short row would move the cache'),
+      ('dense_prefill', True, 'masking would move the cache for every chunk'),
+    ):
+      if getattr(self, name) != allowed:
+        raise ValueError(
+          f'double_sparsity: offload=True, {name}={getattr(self, name)!r}; '
+          f'allowed {allowed!r}: {why}. Leave it out, or offload=false.'
+        )
 
   def init(self, shape: interface.CacheShape) -> Any:
     """An empty cache; contiguous for a layer that has a window anyway.
@@ -119,17 +154,20 @@ class DoubleSparsityConfig:
       return contiguous.ContiguousConfig().init(shape)
     r = D // self.group_factor
     order = self.order(1, shape.kv_heads, D)
-    k, v = slots.make(self.inner, shape, shape.capacity)
-    labels = dataclasses.replace(shape, head_dim=r)
-    label: Any = stores.float_store(labels, shape.capacity)
+    channels = jnp.asarray(order[0, :, :r], jnp.int32)
+    short = dataclasses.replace(shape, head_dim=r)
+    label: Any = stores.float_store(short, shape.capacity)
     if self.label_bits < 16:
       grid = stores.Grid(bits=self.label_bits)
-      label = stores.int_store(labels, shape.capacity, grid)
+      label = stores.int_store(short, shape.capacity, grid)
+    if self.offload:
+      return offload.init(self, shape, label, channels)
+    k, v = slots.make(self.inner, shape, shape.capacity)
     return DoubleSparseCache(
       k=k,
       v=v,
       label=label,
-      channels=jnp.asarray(order[0, :, :r], jnp.int32),
+      channels=channels,
       sparse=jnp.ones((), bool),
       length=jnp.zeros((shape.batch,), jnp.int32),
       elements=shape.kv_heads * D,
@@ -224,7 +262,7 @@ class DoubleSparseCache:
       return jax.tree.map(lambda a, b: jnp.where(pick, a, b), whole, part)
 
     def masked():
-      ranked = self._rank(queries)  # (B, Hkv, 1 or G, T, S)
+      ranked = labels.rank(self, queries)  # (B, Hkv, 1 or G, T, S)
       seen = quest.top(ranked, self.config.heavy_tokens)
       short = (self.length < self.config.min_length)[:, None, None, None, None]
       seen |= quest.holds(self, self.k.slots) & short
@@ -233,7 +271,14 @@ class DoubleSparseCache:
     cached = quest.by_step(
       self, q.shape[1], self.config.heavy_tokens, dense, chosen, masked
     )
-    own = softmax.attend_own(queries, k, v, scoring)
+    own = kernel.attend_own(
+      q,
+      k,
+      v,
+      positions,
+      scoring,
+      lambda: softmax.attend_own(queries, k, v, scoring),
+    )
     out = softmax.finish(softmax.merge(cached, own), q.dtype)
     return out, interface.Update(k=k, v=v)
 
@@ -242,16 +287,7 @@ class DoubleSparseCache:
 
     (B, H', heavy_tokens) both; H' is Hkv or H as `group_by` says.
     """
-    ranked = self._rank(queries[:, :, :, None])[:, :, :, 0]
-    ranked = ranked.reshape(ranked.shape[0], -1, ranked.shape[-1])
-    best, index = jax.lax.top_k(ranked, self.config.heavy_tokens)
-    return index, best > -jnp.inf
-
-  def label_scores(self, queries: jax.Array) -> jax.Array:
-    """(B, Hkv, G, T, D) -> q[C] label_t, (B, Hkv, G, T, S)."""
-    index = self.channels[None, :, None, None]  # (1, Hkv, 1, 1, r)
-    short = jnp.take_along_axis(queries, index, axis=-1)
-    return self.label.scores(short, 0, self.label.slots)
+    return labels.select(self, queries)
 
   def append(
     self, update: interface.Update, length: jax.Array, counts: jax.Array
@@ -260,25 +296,10 @@ class DoubleSparseCache:
     where = contiguous.new_slots(
       length, counts, update.k.shape[1], self.capacity
     )
-    label = jnp.take_along_axis(update.k, self.channels[None, None], axis=-1)
     return dataclasses.replace(
       self,
       k=self.k.put(self.k.encode(update.k), where),
       v=self.v.put(self.v.encode(update.v), where),
-      label=self.label.put(self.label.encode(label), where),
+      label=labels.put(self.label, self.channels, update.k, where),
       length=length + counts,
     )
-
-  def _rank(self, queries):
-    """What tokens are chosen by: (B, Hkv, 1 or G, T, S), -inf: none."""
-    scores = self.label_scores(queries)
-    length = self.length[:, None, None, None, None]
-    slot = jnp.arange(scores.shape[-1]).reshape(1, 1, 1, 1, -1)
-    held = slot < length
-    if self.config.group_by == 'kv_head':
-      p = jax.nn.softmax(jnp.where(held, scores, -1e30), axis=-1)
-      scores = jnp.sum(p, axis=2, keepdims=True)
-    safe = slot < self.config.sinks
-    safe |= slot >= length - self.config.recent
-    scores = jnp.where(safe, jnp.inf, scores)
-    return jnp.where(held, scores, -jnp.inf)

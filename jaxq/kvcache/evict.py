@@ -40,6 +40,7 @@ import jax.numpy as jnp
 from jaxq.kvcache import (
   head_budgets,
   interface,
+  kernel,
   reposition,
   scores,
   slots,
@@ -255,7 +256,14 @@ class EvictCache:
     """As interface.Cache says; the update has the scores, held ones first."""
     interface.check_inputs(self, q, k, self.kv_heads)
     queries = softmax.group(q, self.kv_heads, scoring.scale)
-    state = softmax.attend_own(queries, k, v, scoring)
+    state = kernel.attend_own(
+      q,
+      k,
+      v,
+      positions,
+      scoring,
+      lambda: softmax.attend_own(queries, k, v, scoring),
+    )
     for part in self._held(q, queries, positions, scoring):
       state = softmax.merge(state, part)
     out = softmax.finish(state, q.dtype)
@@ -263,7 +271,7 @@ class EvictCache:
     tokens = self._candidates(k, v, positions)
     gained = None
     if self.config.policy == 'h2o':
-      gained = self._received(queries, state, k, positions, scoring)
+      gained = self._received(q, queries, state, k, positions, scoring)
     ranks = self._scores(k, positions, tokens, window, gained, scoring)
     return out, interface.Update(
       k=k, v=v, scores=ranks, state=None if window is None else window.q
@@ -398,7 +406,7 @@ class EvictCache:
     at = (self.length + counts)[:, None] - W + jnp.arange(W)[None]
     return scores.Window(q=last, positions=at)
 
-  def _received(self, queries, state, k, positions, scoring) -> jax.Array:
+  def _received(self, q, queries, state, k, positions, scoring) -> jax.Array:
     """Attention that this step's queries pay: (B, Hkv, S + T)."""
     lse = softmax.log_sum_exp(state)
     of_k, held = self._stores()[0], self._held_positions()
@@ -410,9 +418,13 @@ class EvictCache:
     def none():
       return jnp.zeros((k.shape[0], self.kv_heads, of_k.slots), jnp.float32)
 
-    own = scores.received(
-      queries, lse, positions, stores.FloatStore(k), new, scoring
-    )
+    own = kernel.received(q, lse, k, positions, scoring)
+    if own is None:
+      own = scores.received(
+        queries, lse, positions, stores.FloatStore(k), new, scoring
+      )
+    else:
+      own = own / queries.shape[2]
     held_part = jax.lax.cond(jnp.any(self.length > 0), old, none)
     return jnp.concatenate([held_part, own], axis=-1)
 

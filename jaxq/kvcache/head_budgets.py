@@ -11,6 +11,8 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
+from jaxq.kvcache import topk
+
 
 @flax.struct.dataclass
 class Together:
@@ -59,6 +61,6 @@ def safeguarded(
   best = jnp.zeros(rank.shape, bool)
   for h in range(heads):
     own = jnp.where(head == h, rank, -jnp.inf)
-    _, index = jax.lax.top_k(own, min(sure, rank.shape[-1]))
+    index, _ = topk.largest(own, min(sure, rank.shape[-1]))
     best |= jnp.zeros_like(best).at[rows, index].set(True) & (head == h)
   return jnp.where(best & (rank > -jnp.inf), jnp.inf, rank)

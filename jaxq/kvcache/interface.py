@@ -148,9 +148,17 @@ def append(cache: Any, update: Update, counts: jax.Array | None = None) -> Any:
   if counts is None:
     counts = jnp.full(length.shape, update.k.shape[-3], jnp.int32)
   check_room(length, counts, cache.capacity)
-  if not stacked:
+  if not stacked or hasattr(cache, 'split'):
     return cache.append(update, length, counts)
   return jax.vmap(lambda c, u: c.append(u, length, counts))(cache, update)
+
+
+def split(cache: Any) -> tuple[Any, Any]:
+  """A stacked cache as what a scan over its layers slices, and the rest.
+
+  The rest is handed to every layer whole, for its `joined`; None: nothing.
+  """
+  return cache.split() if hasattr(cache, 'split') else (cache, None)
 
 
 def check_room(length: Any, counts: Any, capacity: int) -> None:
@@ -235,4 +243,5 @@ def shardings(cache: Any, mesh: Mesh) -> Any:
         spec[stacked] = fit(leaf.shape[stacked], 'data')
     return NamedSharding(mesh, PartitionSpec(*spec))
 
-  return jax.tree.map(of, cache)
+  found = jax.tree.map(of, cache)
+  return cache.in_host(found) if hasattr(cache, 'in_host') else found

@@ -1,9 +1,14 @@
-"""Attention over stored tokens by a kernel, where there is one for the layout.
+"""The parts of a cache's attention by kernels, where there are some.
 
-Decoding is bound by the bytes of the cache. On a TPU a kernel reads them as
-they are stored (pallas_kernels.decode_attention); elsewhere, and for a layout
-that no kernel reads, the caller's own path in plain JAX serves. Both give the
-part of the softmax that the stored tokens have.
+  attend      what is stored: decoding is bound by the bytes of the cache, which
+              a kernel reads as they are stored (decode_attention)
+  attend_own  the new tokens among themselves, a prompt or a chunk of one, tile
+              by tile (prefill_attention)
+  received    what those tokens get of it, from the log-sum-exps alone, for
+              caches that choose by attention
+
+On a TPU; elsewhere, and for a layout that no kernel reads, the caller's own
+path in plain JAX serves. Both give the same part of the softmax.
 """
 
 import dataclasses
@@ -16,6 +21,7 @@ import jax.numpy as jnp
 from jaxq.kvcache import interface, softmax, stores
 from pallas_kernels import stored
 from pallas_kernels.decode_attention import api
+from pallas_kernels.prefill_attention import api as prefill
 
 
 def attend(
@@ -49,7 +55,9 @@ def attend(
   if keys is None or values is None:
     return otherwise()
   pooled = table is not None
-  name = implementation or api.choose(q, keys, values, pooled=pooled)
+  name = implementation or api.choose(
+    q, keys, values, pooled=pooled, page_size=options.get('page_size')
+  )
   if name == 'xla':
     return otherwise()
   out, lse = api.decode_attention(
@@ -65,6 +73,92 @@ def attend(
     **options,
   )
   return from_log_sum_exp(out, lse, keys.heads)
+
+
+def attend_own(
+  q: jax.Array,
+  k: jax.Array,
+  v: jax.Array,
+  positions: jax.Array,
+  scoring: interface.Scoring,
+  otherwise: Callable[[], softmax.Partial],
+  *,
+  implementation: str | None = None,
+  **options: Any,
+) -> softmax.Partial:
+  """The part of the new tokens themselves, causally.
+
+  Args:
+    q: (B, T, H, D), rotated as the keys are, not scaled.
+    k, v: (B, T, Hkv, D).
+    positions: (B, T) int32; negative: padding behind a row's tokens, whose
+      outputs are anything.
+    scoring: scale, window and softcap.
+    otherwise: the plain path.
+    implementation: None: the kernel where it serves; 'xla': otherwise().
+    **options: of prefill_attention.
+  """
+  name = implementation or prefill.choose(q, k, v)
+  if name == 'xla':
+    return otherwise()
+  out, lse = prefill.prefill_attention(
+    q,
+    k,
+    v,
+    lengths=jnp.sum(positions >= 0, axis=1, dtype=jnp.int32),
+    **dataclasses.asdict(scoring),
+    implementation=name,
+    **options,
+  )
+  return from_log_sum_exp(out.astype(jnp.float32), lse, k.shape[2])
+
+
+def received(
+  q: jax.Array,
+  lse: jax.Array,
+  k: jax.Array,
+  positions: jax.Array,
+  scoring: interface.Scoring,
+  *,
+  index: jax.Array | None = None,
+  chosen: jax.Array | None = None,
+  implementation: str | None = None,
+  **options: Any,
+) -> jax.Array | None:
+  """Attention that the new tokens receive from their own queries.
+
+  Args:
+    q, k, positions, scoring: as attend_own has them.
+    lse: (B, Hkv, G, P), of the whole softmax of the queries that count.
+    index, chosen: (B, P) int32 and bool: which of the T queries count, any
+      number of times; None: all of them.
+    implementation: None: the kernel where it serves.
+    **options: of prefill_attention.received.
+
+  Returns:
+    (B, Hkv, T) float32, sums over these queries and the G heads of each; None
+    where no kernel serves.
+  """
+  name = implementation or prefill.choose(q, k, k)
+  if name == 'xla':
+    return None
+  valid = positions >= 0
+  if index is None or chosen is None:
+    index, chosen = jnp.arange(q.shape[1], dtype=jnp.int32)[None], valid
+  else:
+    q = jnp.take_along_axis(q, index[..., None, None], axis=1)
+  B, P, H, _ = q.shape
+  sums = prefill.received(
+    q,
+    k,
+    lse.transpose(0, 3, 1, 2).reshape(B, P, H),
+    positions=jnp.where(chosen, index, -1),
+    lengths=jnp.sum(valid, axis=1, dtype=jnp.int32),
+    **dataclasses.asdict(scoring),
+    implementation=name,
+    **options,
+  )
+  return jnp.sum(sums.reshape(B, k.shape[2], -1, k.shape[1]), axis=2)
 
 
 def as_stored(store: Any) -> stored.Stored | None:

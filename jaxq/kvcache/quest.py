@@ -12,8 +12,10 @@ bound by arithmetic), and so are the first layers, whose attention is spread.
 
 Query heads that share a key head share its pages, chosen by the largest of
 their bounds, so that a page is read once ('q_head' lets each choose, as in the
-reference). `dense_prefill=false` gives every token of a chunk pages of its own
-by masking: what decoding would see, for evaluations.
+reference; 'all' has the heads of a layer share: a page is then one run of
+memory, which on a TPU the attention kernel reads by its number).
+`dense_prefill=false` gives every token of a chunk pages of its own by masking:
+what decoding would see, for evaluations.
 """
 
 import dataclasses
@@ -23,9 +25,19 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from jaxq.kvcache import contiguous, interface, slots, softmax, stores
+from jaxq.kvcache import (
+  contiguous,
+  interface,
+  kernel,
+  paged,
+  slots,
+  softmax,
+  stores,
+  topk,
+)
 
 GROUPS = ('kv_head', 'q_head')
+PAGE_GROUPS = ('all', *GROUPS)
 _FEWEST = 3
 
 
@@ -35,8 +47,9 @@ class QuestConfig:
 
   page_size: tokens of a page. budget: tokens that are read, in whole pages, at
   least 3. dense_layers: first layers that read everything. group_by: who
-  chooses, of GROUPS. dense_prefill: see the module docstring. inner: what
-  tokens are kept in, of slots.INNER.
+  chooses, of PAGE_GROUPS. dense_prefill: see the module docstring. inner: what
+  tokens are kept in, of slots.INNER, or 'paged': a pool of these pages. pages:
+  of the pool; 0: all that the rows need.
   """
 
   page_size: int = 16
@@ -45,18 +58,26 @@ class QuestConfig:
   group_by: str = 'kv_head'
   dense_prefill: bool = True
   inner: str = 'contiguous'
+  pages: int = 0
 
   def __post_init__(self):
-    slots.check_inner('quest', self.inner)
-    check_group('quest', self.group_by)
+    slots.check_inner('quest', self.inner, ('paged',))
+    check_group('quest', self.group_by, PAGE_GROUPS)
+    if self.inner == 'paged':
+      paged.check('quest', self.page_size, self.pages)
+    elif self.pages:
+      raise ValueError(
+        f'quest: pages={self.pages}, inner={self.inner!r}; there is a pool '
+        "with inner='paged' alone. Leave pages out."
+      )
     for name, least in (('page_size', 1), ('budget', 1), ('dense_layers', 0)):
       if getattr(self, name) < least:
         raise ValueError(
           f'quest: {name}={getattr(self, name)}; it must be at least {least}.'
         )
 
-  def pages(self) -> int:
-    """Pages that are read."""
+  def pages_read(self) -> int:
+    """Pages that a step reads."""
     return max(_FEWEST, self.budget // self.page_size)
 
   def init(self, shape: interface.CacheShape) -> Any:
@@ -69,7 +90,10 @@ class QuestConfig:
     if shape.window is not None:
       return contiguous.ContiguousConfig().init(shape)
     pages = -(-shape.capacity // self.page_size)
-    k, v = slots.make(self.inner, shape, pages * self.page_size)
+    if self.inner == 'paged':
+      k, v = paged.make(shape, self.page_size, self.pages)
+    else:
+      k, v = slots.make(self.inner, shape, pages * self.page_size)
     size = (shape.batch, pages, shape.kv_heads, shape.head_dim)
     most = jnp.finfo(shape.dtype).max
     return QuestCache(
@@ -122,31 +146,34 @@ class QuestCache:
     Hkv = self.low.shape[-2]
     interface.check_inputs(self, q, k, Hkv)
     queries = softmax.group(q, Hkv, scoring.scale)
-    size, n = self.config.page_size, self.config.pages()
+    size, n = self.config.page_size, self.config.pages_read()
 
     def dense():
       return attend_all(self, queries, positions, scoring)
 
     def chosen():
       index, some = self.select(queries[:, :, :, 0])
-      within = jnp.arange(size).reshape(1, 1, 1, size)
-      tokens = index[..., None] * size + within  # (B, H', n, size)
-      tokens = tokens.reshape(*index.shape[:2], -1).transpose(0, 2, 1)
-      some = jnp.repeat(some, size, axis=-1).transpose(0, 2, 1)
-      held = some & (tokens < self.length[:, None, None])
-      return attend_chosen(self, queries, positions, tokens, held, scoring)
+      return attend_pages(self, q, positions, index, some, scoring)
 
     def masked():
       bound = self.bounds(queries)  # (B, Hkv, G, T, pages)
-      if self.config.group_by == 'kv_head':
-        bound = jnp.max(bound, axis=2, keepdims=True)
+      if self.config.group_by != 'q_head':
+        shared = (1, 2) if self.config.group_by == 'all' else 2
+        bound = jnp.max(bound, axis=shared, keepdims=True)
       pages = top(bound, n)
       seen = jnp.repeat(pages, size, axis=-1)
       seen &= holds(self, self.k.slots)
       return slots.attend_masked(queries, self.k, self.v, seen, scoring)
 
     cached = by_step(self, q.shape[1], n * size, dense, chosen, masked)
-    own = softmax.attend_own(queries, k, v, scoring)
+    own = kernel.attend_own(
+      q,
+      k,
+      v,
+      positions,
+      scoring,
+      lambda: softmax.attend_own(queries, k, v, scoring),
+    )
     out = softmax.finish(softmax.merge(cached, own), q.dtype)
     return out, interface.Update(k=k, v=v)
 
@@ -170,12 +197,13 @@ class QuestCache:
     (B, H', n) both, H' as `group_by` says.
     """
     bound = self.bounds(queries[:, :, :, None])[:, :, :, 0]
-    if self.config.group_by == 'kv_head':
+    if self.config.group_by == 'all':
+      bound = jnp.max(bound, axis=(1, 2))[:, None]
+    elif self.config.group_by == 'kv_head':
       bound = jnp.max(bound, axis=2)
     else:
       bound = bound.reshape(bound.shape[0], -1, bound.shape[-1])
-    best, index = jax.lax.top_k(bound, min(self.config.pages(), bound.shape[2]))
-    return index, best > -jnp.inf
+    return topk.largest(bound, min(self.config.pages_read(), bound.shape[2]))
 
   def append(
     self, update: interface.Update, length: jax.Array, counts: jax.Array
@@ -202,10 +230,14 @@ class QuestCache:
     )
 
 
-def check_group(who: str, group_by: str) -> None:
-  """Raises ValueError for one that is not of GROUPS."""
-  if group_by not in GROUPS:
-    raise ValueError(f'{who}: group_by={group_by!r}; allowed {sorted(GROUPS)}.')
+def check_group(
+  who: str, group_by: str, allowed: tuple[str, ...] = GROUPS
+) -> None:
+  """Raises ValueError for one that is not allowed."""
+  if group_by not in allowed:
+    raise ValueError(
+      f'{who}: group_by={group_by!r}; allowed {sorted(allowed)}.'
+    )
 
 
 def check_budget(who: str, budget: int, capacity: int) -> None:
@@ -225,7 +257,7 @@ def top(scores: jax.Array, count: int) -> jax.Array:
   if count >= scores.shape[-1]:
     return scores > -jnp.inf
   rows = scores.reshape(-1, scores.shape[-1])
-  _, index = jax.lax.top_k(rows, count)
+  index, _ = topk.largest(rows, count)
   row = jnp.arange(rows.shape[0])[:, None]
   chosen = jnp.zeros(rows.shape, bool).at[row, index].set(True)
   return chosen.reshape(scores.shape) & (scores > -jnp.inf)
@@ -274,6 +306,62 @@ def attend_all(
   )
 
 
+def attend_pages(
+  cache: QuestCache,
+  q: jax.Array,
+  positions: jax.Array,
+  index: jax.Array,
+  some: jax.Array,
+  scoring: Any,
+  **options: Any,
+) -> softmax.Partial:
+  """q (B, 1, H, D) over its pages: of all heads by a kernel where one serves.
+
+  Args:
+    cache: what is read.
+    q: queries of one token, not scaled.
+    positions: (B, 1) int32.
+    index, some: (B, H', n) pages and whether they are any, from `select`.
+    scoring: scale and softcap.
+    **options: of kernel.attend.
+  """
+  size, Hkv = cache.config.page_size, cache.low.shape[-2]
+
+  def gathered():
+    queries = softmax.group(q, Hkv, scoring.scale)
+    heads = Hkv if cache.config.group_by == 'all' else index.shape[1]
+    pages, held = (
+      jnp.broadcast_to(a, (a.shape[0], heads, a.shape[2]))
+      for a in (index, some)
+    )
+    within = jnp.arange(size).reshape(1, 1, 1, size)
+    tokens = pages[..., None] * size + within  # (B, H', n, size)
+    tokens = tokens.reshape(*pages.shape[:2], -1).transpose(0, 2, 1)
+    held = jnp.repeat(held, size, axis=-1).transpose(0, 2, 1)
+    held &= tokens < cache.length[:, None, None]
+    return attend_chosen(cache, queries, positions, tokens, held, scoring)
+
+  if cache.config.group_by != 'all':  # Heads read different pages.
+    return gathered()
+  k, v, table = cache.k, cache.v, None
+  if isinstance(k, paged.PagedStore):
+    table = k.table
+    k, v = (stores.FloatStore(store.pool) for store in (k, v))
+  return kernel.attend(
+    q,
+    positions,
+    k,
+    v,
+    cache.length,
+    scoring,
+    gathered,
+    table=table,
+    selected=jnp.where(some, index, -1)[:, 0],
+    page_size=size,
+    **options,
+  )
+
+
 def attend_chosen(
   cache: Any,
   queries: jax.Array,
@@ -286,16 +374,37 @@ def attend_chosen(
 
   H' is Hkv or H: then a query head has tokens of its own.
   """
-  B, Hkv, G, T, D = queries.shape
-  heads, R = tokens.shape[2], tokens.shape[1]
-  own = queries.reshape(B, heads, -1, T, D)
   tokens = jnp.minimum(tokens, cache.k.slots - 1)
-  at = jnp.where(held, tokens, -1)
-  part = softmax.attend_store(
-    own,
+  return attend_rows(
+    queries,
     positions,
     slots.at(cache.k, tokens),
     slots.at(cache.v, tokens),
+    jnp.where(held, tokens, -1),
+    scoring,
+  )
+
+
+def attend_rows(
+  queries: jax.Array,
+  positions: jax.Array,
+  k: Any,
+  v: Any,
+  at: jax.Array,
+  scoring: Any,
+) -> softmax.Partial:
+  """Queries of one token over stores of the R tokens `at` (B, R, H'); -1: none.
+
+  H' is Hkv or H, the heads of the stores.
+  """
+  B, Hkv, G, T, D = queries.shape
+  R, heads = at.shape[1:]
+  own = queries.reshape(B, heads, -1, T, D)
+  part = softmax.attend_store(
+    own,
+    positions,
+    k,
+    v,
     lambda index: stores.take(at, index[0], index.shape[0]),
     jnp.int32(R),
     scoring,

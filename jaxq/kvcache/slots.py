@@ -17,7 +17,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxq.kvcache import fp8, interface, per_token, softmax, stores
+from jaxq.kvcache import (
+  fp8,
+  interface,
+  paged,
+  per_token,
+  softmax,
+  stores,
+  topk,
+)
 
 INNER: dict[str, Any] = {
   'contiguous': None,
@@ -28,13 +36,13 @@ INNER: dict[str, Any] = {
 }
 
 
-def check_inner(who: str, inner: str) -> None:
+def check_inner(who: str, inner: str, also: tuple[str, ...] = ()) -> None:
   """Raises ValueError for a cache whose tokens do not lie alone."""
-  if inner not in INNER:
+  if inner not in (*INNER, *also):
     raise ValueError(
-      f'{who}: inner={inner!r}; allowed {sorted(INNER)}, which encode every '
-      'token by itself. Caches that quantize blocks of tokens cannot give one '
-      'away.'
+      f'{who}: inner={inner!r}; allowed {sorted((*INNER, *also))}, which '
+      'encode every token by itself. Caches that quantize blocks of tokens '
+      'cannot give one away.'
     )
 
 
@@ -48,6 +56,19 @@ def make(
   return cache.k, cache.v
 
 
+def rows(store: Any, slots: jax.Array, kv_heads: int) -> jax.Array:
+  """Tokens that all heads share, at slots (B, R) -> (B, R, Hkv, D).
+
+  Of a FloatStore, or of one in pages.
+  """
+  if isinstance(store, paged.PagedStore):
+    return store.rows(slots)
+  index = slots[..., None]
+  index = jnp.broadcast_to(index, (*index.shape[:2], kv_heads))
+  picked: jax.Array = at(store, index).x
+  return picked
+
+
 def at(store: Any, slots: jax.Array) -> Any:
   """The tokens at slots (B, R, H') as a store of R slots and H' heads.
 
@@ -56,6 +77,8 @@ def at(store: Any, slots: jax.Array) -> Any:
   """
   if isinstance(store, stores.FloatStore):
     return stores.FloatStore(_pick(store.x, slots))
+  if isinstance(store, paged.PagedStore):
+    return stores.FloatStore(store.pick(slots))
   if isinstance(store, fp8.ScaledStore):
     repeats = slots.shape[2] // store.scale.shape[2]
     return dataclasses.replace(
@@ -89,7 +112,7 @@ def places(rank: jax.Array, capacity: int) -> jax.Array:
     held = (lowest < capacity) & (rank[..., -1] > -jnp.inf)
     slots = jnp.where(held, lowest, capacity)[..., None]
     return slots.transpose(0, 2, 1).astype(jnp.int32)
-  _, index = jax.lax.top_k(rank, capacity)
+  index, _ = topk.largest(rank, capacity)
   keep = _mark(index, rank.shape[-1]) & (rank > -jnp.inf)
   new = keep[..., capacity:]
   free = jnp.argsort(keep[..., :capacity], axis=-1, stable=True)

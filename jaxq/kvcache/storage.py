@@ -125,14 +125,25 @@ def load(
       'file. Make the cache with them.'
     )
   leaves = [
-    jnp.asarray(
+    _beside(
       np.frombuffer(
         arrays[str(i)].tobytes(), jnp.dtype(record['dtype'])
-      ).reshape(record['shape'])
+      ).reshape(record['shape']),
+      like,
     )
-    for i, record in enumerate(header['leaves'].values())
+    for i, (record, like) in enumerate(
+      zip(header['leaves'].values(), jax.tree.leaves(caches), strict=True)
+    )
   ]
   return jax.tree.unflatten(jax.tree.structure(caches), leaves), header['extra']
+
+
+def _beside(array: np.ndarray, like: Any) -> jax.Array:
+  """On the device, or in host memory where that is where `like` lies."""
+  sharding = getattr(like, 'sharding', None)
+  if getattr(sharding, 'memory_kind', None) == 'pinned_host':
+    return jax.device_put(array, sharding)
+  return jnp.asarray(array)
 
 
 def _named(caches: Any) -> list[tuple[str, Any]]:

@@ -27,6 +27,8 @@ import jax.numpy as jnp
 
 from jaxq.kvcache import interface
 from jaxq.numerics import packing
+from pallas_kernels import targets
+from pallas_kernels.cache_append import api as cache_append
 
 BITS = (1, 2, 3, 4, 5, 6, 7, 8)
 MODES = ('integer', 'minimum', 'symmetric')
@@ -393,14 +395,20 @@ def scatter(a: jax.Array, new: jax.Array, slots: jax.Array) -> jax.Array:
   """a (B, S, ...) with new (B, T, ...) at slots (B, T); past the end: none.
 
   Slots (B, T, Hkv) put every head of a token, axis 2, at a place of its own.
-  Short floats are written as bits: CPUs would scatter them in float32, which
-  converts, and so copies, the whole array.
+  One token a row goes through a kernel where there is one for the array, which
+  touches nothing else of it. Short floats are written as bits: CPUs would
+  scatter them in float32, which converts, and so copies, the whole array. TPUs
+  would copy it to see the bits.
   """
   rows, new, dtype = jnp.arange(a.shape[0])[:, None], new.astype(a.dtype), None
+  single = a.ndim == 4 and slots.ndim == 2 and slots.shape[1] == 1
+  if single and cache_append.choose(a) != 'xla':
+    return cache_append.cache_append(a, new[:, 0], slots[:, 0])
   at: tuple[jax.Array, ...] = (rows, slots)
   if slots.ndim == 3:
     at = (rows[..., None], slots, jnp.arange(a.shape[2])[None, None])
-  if jnp.issubdtype(a.dtype, jnp.floating) and a.dtype.itemsize < 4:
+  short = jnp.issubdtype(a.dtype, jnp.floating) and a.dtype.itemsize < 4
+  if short and targets.current() not in targets.TARGETS:
     dtype, bits = a.dtype, jnp.uint8 if a.dtype.itemsize == 1 else jnp.uint16
     a, new = (jax.lax.bitcast_convert_type(x, bits) for x in (a, new))
   a = a.at[at].set(new, mode='drop')

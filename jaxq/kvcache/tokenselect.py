@@ -36,6 +36,8 @@ import jax.numpy as jnp
 from jaxq.kvcache import (
   contiguous,
   interface,
+  kernel,
+  paged,
   quest,
   reposition,
   slots,
@@ -43,8 +45,10 @@ from jaxq.kvcache import (
   stores,
 )
 from jaxq.nn import rope as rope_lib
+from pallas_kernels.select_topk import api as topk
 
 GQA_MAPS = ('grouped', 'mod')
+INNER = ('contiguous', 'paged')
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -59,6 +63,9 @@ class TokenSelectConfig:
   score_scale: times the scores of the vote.
   gqa_map: which key head a query head votes with, of GQA_MAPS.
   reposition: whether places are positions; else tokens keep theirs.
+  inner: what tokens are kept in, of INNER: rows of their own, or pages of a
+    pool (jaxq.kvcache.paged), of which a list's tokens alone are read.
+  page_size, pages: of the pool, as paged's.
   """
 
   budget: int = 2048
@@ -70,8 +77,23 @@ class TokenSelectConfig:
   score_scale: float = 1.0
   gqa_map: str = 'grouped'
   reposition: bool = True
+  inner: str = 'contiguous'
+  page_size: int = 64
+  pages: int = 0
 
   def __post_init__(self):
+    if self.inner not in INNER:
+      raise ValueError(
+        f'tokenselect: inner={self.inner!r}; allowed {sorted(INNER)}. Keys lie '
+        'without positions and are rotated as they are read: codes would be '
+        'decoded for every list.'
+      )
+    paged.check('tokenselect', self.page_size, self.pages)
+    if self.pages and self.inner != 'paged':
+      raise ValueError(
+        f'tokenselect: pages={self.pages}, inner={self.inner!r}; there is a '
+        "pool with inner='paged' alone. Leave pages out."
+      )
     for name, least in (
       ('budget', 1),
       ('sinks', 0),
@@ -122,7 +144,10 @@ class TokenSelectConfig:
     if shape.window is not None:
       return contiguous.ContiguousConfig().init(shape)
     B, S = shape.batch, shape.capacity
-    k, v = slots.make('contiguous', shape, S)
+    if self.inner == 'paged':
+      k, v = paged.make(shape, self.page_size, self.pages)
+    else:
+      k, v = slots.make('contiguous', shape, S)
     return TokenSelectCache(
       k=k,
       v=v,
@@ -135,6 +160,7 @@ class TokenSelectConfig:
       kv_heads=shape.kv_heads,
       head_dim=shape.head_dim,
       rope=shape.rope,
+      room=S,
     )
 
 
@@ -158,11 +184,12 @@ class TokenSelectCache:
   kv_heads: int = flax.struct.field(pytree_node=False)
   head_dim: int = flax.struct.field(pytree_node=False)
   rope: rope_lib.Rope | None = flax.struct.field(pytree_node=False)
+  room: int = flax.struct.field(pytree_node=False)
 
   @property
   def capacity(self) -> int:
-    """S."""
-    return self.k.slots
+    """S; the last page may have room for more."""
+    return self.room
 
   @property
   def elements(self) -> int:
@@ -218,6 +245,7 @@ class TokenSelectCache:
     where = contiguous.new_slots(
       length, counts, update.k.shape[1], self.capacity
     )
+    where = jnp.where(where < self.capacity, where, self.k.slots)
     query, index, voted, hits = update.state
     return dataclasses.replace(
       self,
@@ -240,17 +268,14 @@ class TokenSelectCache:
     state, listed, held = self._listed(q, positions, counts)
     places = jnp.cumsum(held, axis=1) - 1  # (B, R)
     last = jnp.sum(held, axis=1)  # Where the new tokens begin.
-    rows, ordered = listed[..., None], self.k
     chosen_k, chosen_v = (
-      slots.at(store, jnp.broadcast_to(rows, (*rows.shape[:2], self.kv_heads)))
-      for store in (ordered, self.v)
+      slots.rows(store, listed, self.kv_heads) for store in (self.k, self.v)
     )
     at = listed
     own = positions
     if c.reposition:
       assert self.rope is not None  # init checked it.
-      turned = reposition.turn(chosen_k.x, places, self.rope)
-      chosen_k = stores.FloatStore(turned)
+      chosen_k = reposition.turn(chosen_k, places, self.rope)
       at, own = places, last[:, None] + jnp.arange(T)[None]
       q, k = (reposition.turn(x, own - positions, self.rope) for x in (q, k))
     at = jnp.where(held, at, -1)[..., None]
@@ -258,14 +283,21 @@ class TokenSelectCache:
     cached = softmax.attend_store(
       queries,
       own,
-      chosen_k,
-      chosen_v,
+      stores.FloatStore(chosen_k),
+      stores.FloatStore(chosen_v),
       lambda i: stores.take(at, i[0], i.shape[0]),
       jnp.int32(at.shape[1]),
       scoring,
     )
-    state_own = softmax.attend_own(queries, k, v, scoring)
-    out = softmax.finish(softmax.merge(cached, state_own), q.dtype)
+    new = kernel.attend_own(
+      q,
+      k,
+      v,
+      positions,
+      scoring,
+      lambda: softmax.attend_own(queries, k, v, scoring),
+    )
+    out = softmax.finish(softmax.merge(cached, new), q.dtype)
     return out, interface.Update(k=bare, v=v, state=state)
 
   def _listed(self, q, positions, counts):
@@ -368,5 +400,4 @@ def soft_vote(
 
 def select(votes: jax.Array, config: TokenSelectConfig) -> jax.Array:
   """Votes (B, S) -> the `budget` best tokens, in order: (B, budget) int32."""
-  _, index = jax.lax.top_k(votes, config.budget)
-  return jnp.sort(index, axis=-1).astype(jnp.int32)
+  return topk.select_topk(votes, config.budget)

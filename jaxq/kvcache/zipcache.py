@@ -32,7 +32,14 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from jaxq.kvcache import interface, residual, saliency, softmax, stores
+from jaxq.kvcache import (
+  interface,
+  kernel,
+  residual,
+  saliency,
+  softmax,
+  stores,
+)
 
 BITS = (2, 4, 8, 16)
 SPLITS = ('random', 'saliency')
@@ -191,7 +198,14 @@ class ZipCache:
     R, Hkv = self.k_residual.shape[1:3]
     interface.check_inputs(self, q, k, Hkv)
     queries = softmax.group(q, Hkv, scoring.scale)
-    state = softmax.attend_own(queries, k, v, scoring)
+    state = kernel.attend_own(
+      q,
+      k,
+      v,
+      positions,
+      scoring,
+      lambda: softmax.attend_own(queries, k, v, scoring),
+    )
     for pool in self.pools:
       if pool is None:
         continue
@@ -218,7 +232,7 @@ class ZipCache:
     )
     state = softmax.merge(state, window)
     out = softmax.finish(state, q.dtype)
-    scores = self._saliency(queries, state, k, positions, scoring)
+    scores = self._saliency(q, queries, state, k, positions, scoring)
     return out, interface.Update(k=k, v=v, scores=scores)
 
   def append(
@@ -265,7 +279,7 @@ class ZipCache:
       return pool.v
     return SeparateStore(pool.v, self.channel, pool.count)
 
-  def _saliency(self, queries, state, k, positions, scoring) -> jax.Array:
+  def _saliency(self, q, queries, state, k, positions, scoring) -> jax.Array:
     """Of the residual's slots and the new tokens: (B, Hkv, R + T)."""
     R, T, c = self.k_residual.shape[1], k.shape[1], self.config
     valid = positions >= 0
@@ -276,7 +290,7 @@ class ZipCache:
       T, counts, recent=c.probe_recent, random=c.probe_random, seed=c.seed
     )
     rows = index[:, None, None, :]
-    q = jnp.take_along_axis(queries, rows[..., None], axis=3)
+    probes = jnp.take_along_axis(queries, rows[..., None], axis=3)
     lse = jnp.take_along_axis(softmax.log_sum_exp(state), rows, axis=3)
     at = jnp.take_along_axis(positions, index, axis=1)  # (B, P)
     slots = jnp.arange(R, dtype=jnp.int32)
@@ -286,10 +300,16 @@ class ZipCache:
     seen &= key_positions <= at[:, :, None]
     if scoring.window is not None:
       seen &= key_positions > at[:, :, None] - scoring.window
-    keys = jnp.concatenate(
-      [self.k_residual, k.astype(self.k_residual.dtype)], 1
+    old_keys = self.k_residual
+    of_new = kernel.received(
+      q, lse, k, positions, scoring, index=index, chosen=chosen
     )
-    sums = saliency.received(q, lse, keys, seen, scoring)
+    if of_new is None:
+      keys = jnp.concatenate([old_keys, k.astype(old_keys.dtype)], 1)
+      sums = saliency.received(probes, lse, keys, seen, scoring)
+    else:
+      of_old = saliency.received(probes, lse, old_keys, seen[..., :R], scoring)
+      sums = jnp.concatenate([of_old, of_new], axis=-1)
     total = self.length + counts
     could = total[:, None] - jnp.maximum(key_positions[:, 0], 0)
     return saliency.normalize(sums, seen, could, c.denominator)

@@ -1,13 +1,13 @@
 """Grouped-query self-attention: rotary or no positions, windows, QK-norms."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
 from jaxq.kvcache import interface
-from jaxq.nn import causal, linear, matmul, norms, taps
+from jaxq.nn import causal, kernel_inputs, linear, matmul, norms, taps
 from jaxq.nn import rope as rope_lib
 
 
@@ -27,6 +27,8 @@ class Attention(nn.Module):
     softcap: scores become softcap * tanh(scores / softcap); None leaves them.
   """
 
+  # What reads the input, and nothing else does (kernel_inputs.feed).
+  input_linears: ClassVar[tuple[str, ...]] = ('q_proj', 'k_proj', 'v_proj')
   num_heads: int
   num_kv_heads: int
   head_dim: int
@@ -43,7 +45,7 @@ class Attention(nn.Module):
   @nn.compact
   def __call__(
     self,
-    x: jax.Array,
+    x: jax.Array | kernel_inputs.Inputs,
     positions: jax.Array,
     cache: interface.Cache | None = None,
   ) -> tuple[jax.Array, interface.Update | None]:

@@ -4,7 +4,8 @@ Kernels take plain arrays; this takes them out of QArrays and ActQuants.
 
   w integers or signs, x floating        weight_only_matmul
   both sides integers, or both fp8       quantized_matmul: x quantized by row
-                                         inside, or beforehand if it is static
+                                         inside, or beforehand if it is static;
+                                         codes of kernel_inputs as they are
   w a BinaryArray, x floating            binary_kernel, two calls of the first
 
 `choose` names what it picks: an implementation of pallas_kernels, or '' where
@@ -14,10 +15,11 @@ jaxq.nn.matmul serves. On a CPU it is always ''.
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from jaxq.nn import binary_kernel
 from jaxq.numerics import binary, qarray
-from pallas_kernels import planar
+from pallas_kernels import planar, rows
 from pallas_kernels.quantized_matmul import api as quantized
 from pallas_kernels.weight_only_matmul import api as weight_only
 
@@ -43,8 +45,21 @@ def choose(x: jax.Array, w: Any, act: Any, chip: str | None = None) -> str:
     name = weight_only.choose(x, w.qvalue, chip=chip, **fields)
   else:
     name = quantized.choose(
-      x, w.qvalue, x_format=_x_format(act), chip=chip, **fields
+      x, w.qvalue, x_format=x_format(act.spec), chip=chip, **fields
     )
+  return name if name == _KERNEL else ''
+
+
+def choose_codes(
+  shape: tuple[int, ...], w: Any, spec: Any, chip: str | None = None
+) -> str:
+  """As `choose`, of an x (..., K) that comes as codes of `spec`."""
+  if why_not_codes(w, spec):
+    return ''
+  dtype = rows.code_dtype(x_format(spec))
+  codes = jax.ShapeDtypeStruct(shape, dtype)
+  fields = {'x_format': x_format(spec), **_weight_fields(w)}
+  name = quantized.choose(codes, w.qvalue, chip=chip, **fields)
   return name if name == _KERNEL else ''
 
 
@@ -72,42 +87,76 @@ def matmul(
     raise NotImplementedError(f'kernel_matmul: {reason}')
   if isinstance(w, binary.BinaryArray):
     return binary_kernel.matmul(x, w, chip=chip, interpret=interpret)
-  fields = _weight_fields(w)
-  N = w.shape[1]
-  symmetric = fields.pop('symmetric')
-  scale = jax.numpy.broadcast_to(w.scale, (w.scale.shape[0], N))
-  zero_point = None
-  if not symmetric:
-    assert w.zero_point is not None
-    zero_point = jax.numpy.broadcast_to(w.zero_point, scale.shape)
   flat = x.reshape(-1, x.shape[-1])
-  options: dict[str, Any] = {
-    'implementation': _KERNEL,
-    'chip': chip,
-    'interpret': interpret,
-    'out_dtype': x.dtype,
-    **fields,
-  }
+  leaves, options = _call(w, x.dtype, chip, interpret)
   if act is None:
-    y = weight_only.weight_only_matmul(
-      flat, w.qvalue, scale, zero_point, **options
-    )
+    y = weight_only.weight_only_matmul(flat, *leaves, **options)
   elif act.scale is None:
     y = quantized.quantized_matmul(
-      flat, w.qvalue, scale, zero_point, x_format=_x_format(act), **options
+      flat, *leaves, x_format=x_format(act.spec), **options
     )
   else:
     codes = qarray.encode(flat, act.scale, None, act.spec)
-    y = quantized.quantized_matmul(
-      codes, w.qvalue, scale, zero_point, x_scale=act.scale, **options
-    )
-  return y.reshape(*x.shape[:-1], N)
+    y = quantized.quantized_matmul(codes, *leaves, x_scale=act.scale, **options)
+  return y.reshape(*x.shape[:-1], w.shape[1])
+
+
+def matmul_codes(
+  codes: jax.Array,
+  scale: jax.Array,
+  w: Any,
+  out_dtype: Any,
+  *,
+  chip: str | None = None,
+  interpret: bool = False,
+) -> jax.Array:
+  """codes * scale @ w (K, N) by the kernel -> (..., N) of out_dtype.
+
+  Args:
+    codes: (..., K), int8 or fp8.
+    scale: (..., 1), or as many axes of one element.
+    w: kernel of the layer; `why_not_codes` has nothing against it.
+    out_dtype: of the product.
+    chip: the TPU compiled for; None: the one at hand.
+    interpret: runs the kernel in Pallas's interpreter.
+  """
+  leaves, options = _call(w, out_dtype, chip, interpret)
+  return quantized.quantized_matmul(codes, *leaves, x_scale=scale, **options)
+
+
+def x_format(spec: Any) -> str:
+  """What kernels call the codes of an input (rows.QMAX)."""
+  return _FP8.get(spec.dtype, spec.dtype)
 
 
 def why_not(w: Any, act: Any) -> str:
   """Why no kernel takes these formats; '' if one does."""
   if isinstance(w, binary.BinaryArray):
     return binary_kernel.why_not(w, act)
+  if reason := _why_not_weight(w):
+    return reason
+  if act is None:
+    is_fp8 = w.spec.dtype in _FP8
+    return 'w is fp8 and x is not quantized.' if is_fp8 else ''
+  if not hasattr(act, 'spec') or hasattr(act, 'codes') or hasattr(act, 'fake'):
+    return f'x is a {type(act).__name__}; kernels take an ActQuant.'
+  if reason := _why_not_formats(w.spec, act.spec):
+    return reason
+  if act.spec.clip != 1.0 or act.spec.scale_rule != 'floor':
+    return 'x has a clip ratio or a scale rule of its own.'
+  if act.scale is None and act.spec.granularity != 'token':
+    return f'x has one dynamic scale per {act.spec.granularity}, not per token.'
+  if act.scale is not None and (act.scale.ndim != 2 or act.scale.size != 1):
+    return f'x has a static scale of shape {act.scale.shape}, not (1, 1).'
+  return ''
+
+
+def why_not_codes(w: Any, spec: Any) -> str:
+  """Why no kernel takes w and codes of x in the format `spec`."""
+  return _why_not_weight(w) or _why_not_formats(w.spec, spec)
+
+
+def _why_not_weight(w: Any) -> str:
   if type(w) is not qarray.QArray or w.qvalue.ndim != 2:
     return 'w must be a QArray of one matrix.'
   spec = w.spec
@@ -118,21 +167,35 @@ def why_not(w: Any, act: Any) -> str:
     return f'w has {spec.bits} bits; kernels take {list(planar.BITS)}.'
   if spec.granularity == 'token':
     return 'w has one scale per row; kernels take one per column or group.'
-  if act is None:
-    return 'w is fp8 and x is not quantized.' if is_fp8 else ''
-  if not hasattr(act, 'spec') or hasattr(act, 'codes') or hasattr(act, 'fake'):
-    return f'x is a {type(act).__name__}; kernels take an ActQuant.'
-  if is_fp8 != (act.spec.dtype in _FP8):
-    return f'w is {spec.dtype} and x {act.spec.dtype}; both or none is fp8.'
-  if act.spec.dtype not in ('int4', 'int8', *_FP8) or not act.spec.symmetric:
-    return f'x is {act.spec.dtype}, symmetric={act.spec.symmetric}.'
-  if act.spec.clip != 1.0 or act.spec.scale_rule != 'floor':
-    return 'x has a clip ratio or a scale rule of its own.'
-  if act.scale is None and act.spec.granularity != 'token':
-    return f'x has one dynamic scale per {act.spec.granularity}, not per token.'
-  if act.scale is not None and (act.scale.ndim != 2 or act.scale.size != 1):
-    return f'x has a static scale of shape {act.scale.shape}, not (1, 1).'
   return ''
+
+
+def _why_not_formats(w: Any, x: Any) -> str:
+  if (w.dtype in _FP8) != (x.dtype in _FP8):
+    return f'w is {w.dtype} and x {x.dtype}; both or none is fp8.'
+  if x.dtype not in ('int4', 'int8', *_FP8) or not x.symmetric:
+    return f'x is {x.dtype}, symmetric={x.symmetric}.'
+  return ''
+
+
+def _call(
+  w: qarray.QArray, out_dtype: Any, chip: str | None, interpret: bool
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+  """The weight's arrays and the options of a kernel's call."""
+  fields = _weight_fields(w)
+  scale = jnp.broadcast_to(w.scale, (w.scale.shape[0], w.shape[1]))
+  zero_point = None
+  if not fields.pop('symmetric'):
+    assert w.zero_point is not None
+    zero_point = jnp.broadcast_to(w.zero_point, scale.shape)
+  options = {
+    'implementation': _KERNEL,
+    'chip': chip,
+    'interpret': interpret,
+    'out_dtype': out_dtype,
+    **fields,
+  }
+  return (w.qvalue, scale, zero_point), options
 
 
 def _weight_fields(w: qarray.QArray) -> dict[str, Any]:
@@ -141,7 +204,3 @@ def _weight_fields(w: qarray.QArray) -> dict[str, Any]:
     'group_size': w.spec.group_size,
     'symmetric': w.spec.symmetric,
   }
-
-
-def _x_format(act: Any) -> str:
-  return _FP8.get(act.spec.dtype, act.spec.dtype)

@@ -18,7 +18,8 @@ may hold, at this layer's path,
 Nothing in the model changes: quantizing is replacing leaves. A bias that was
 not there before is added where a method put one. The input tap 'in' sees x
 after the rotation and before its quantization, which is what the kernel is
-multiplied with; the tap 'out' sees y before its own.
+multiplied with; the tap 'out' sees y before its own. Where a kernel rotates and
+quantizes in one pass, or a norm came as codes, nothing sees x (kernel_inputs).
 """
 
 from typing import Any
@@ -28,7 +29,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from jaxq.nn import matmul, taps
+from jaxq.nn import kernel_inputs, matmul, taps
 from jaxq.numerics import formats, fpx, hadamard, qarray
 from jaxq.numerics import spec as spec_lib
 
@@ -220,27 +221,38 @@ class QuantDense(nn.Module):
   implementation: str | None = None
 
   @nn.compact
-  def __call__(self, x: jax.Array) -> jax.Array:
+  def __call__(self, x: jax.Array | kernel_inputs.Inputs) -> jax.Array:
     """(..., K) -> (..., N) in x.dtype; accumulates in float32 or int32."""
     shape = (x.shape[-1], self.features)
     kernel = param(self, 'kernel', nn.initializers.lecun_normal(), shape)
-    if self.has_variable('quant', 'hadamard'):
-      x = self.get_variable('quant', 'hadamard')(x)
-    if self.has_variable('quant', 'permute'):
-      x = jnp.take(x, self.get_variable('quant', 'permute'), axis=-1)
-    if self.has_variable('quant', 'split'):
-      x = self.get_variable('quant', 'split')(x)
-    x = taps.tap(self, 'in', x)
     act: Any = None
     if self.has_variable('quant', 'input'):
       act = self.get_variable('quant', 'input')
-    y = matmul.matmul(x, kernel, act, implementation=self.implementation)
-    if self.has_variable('quant', 'low_rank'):
-      y = y + self.get_variable('quant', 'low_rank')(x)
+    y = self._product(x, kernel, act)
     if self.use_bias or self.has_variable('params', 'bias'):
       bias = param(self, 'bias', nn.initializers.zeros, (self.features,))
       y = y + jnp.asarray(bias, y.dtype).reshape((1,) * (y.ndim - 1) + (-1,))
     y = taps.tap(self, 'out', y)
     if self.has_variable('quant', 'output'):
       y = matmul.fake_input(y, self.get_variable('quant', 'output'))
+    return y
+
+  @nn.nowrap  # Part of the call: no scope of its own in a profile.
+  def _product(self, x: Any, kernel: Any, act: Any) -> jax.Array:
+    """x as the layer's entries change it, times the kernel."""
+    if isinstance(x, kernel_inputs.Inputs):
+      return matmul.matmul(x[str(self.name)], kernel)
+    if self.has_variable('quant', 'hadamard'):
+      turn: Any = self.get_variable('quant', 'hadamard')
+      if not kernel_inputs.why_not_rotated(self, x, kernel):
+        return matmul.matmul(kernel_inputs.rotated(x, turn, act), kernel)
+      x = turn(x)
+    if self.has_variable('quant', 'permute'):
+      x = jnp.take(x, self.get_variable('quant', 'permute'), axis=-1)
+    if self.has_variable('quant', 'split'):
+      x = self.get_variable('quant', 'split')(x)
+    x = taps.tap(self, 'in', x)
+    y = matmul.matmul(x, kernel, act, implementation=self.implementation)
+    if self.has_variable('quant', 'low_rank'):
+      y = y + self.get_variable('quant', 'low_rank')(x)
     return y

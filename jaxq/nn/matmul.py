@@ -20,19 +20,23 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxq.nn import kernel_matmul
+from jaxq.nn import kernel_inputs, kernel_matmul
 from jaxq.numerics import binary, chips, qarray
 
 IMPLEMENTATIONS = ('float', 'integer', 'kernel')
 
 
 def matmul(
-  x: jax.Array, w: Any, act: Any = None, *, implementation: str | None = None
+  x: jax.Array | kernel_inputs.QuantizedInput,
+  w: Any,
+  act: Any = None,
+  *,
+  implementation: str | None = None,
 ) -> jax.Array:
   """x (..., K) @ w (K, N) -> (..., N) in x.dtype.
 
   Args:
-    x: activations.
+    x: activations; codes of them have their kernel, and nothing is picked.
     w: float array, QArray or BinaryArray (K, N).
     act: linear.ActQuant, StepInput or FpxInput, or None for float activations.
     implementation: one of IMPLEMENTATIONS, or None to pick by platform.
@@ -47,6 +51,8 @@ def matmul(
       f'matmul: implementation={implementation!r}; allowed '
       f'{sorted(IMPLEMENTATIONS)} or None to pick by platform.'
     )
+  if isinstance(x, kernel_inputs.QuantizedInput):
+    return kernel_inputs.matmul(x, w)
   if implementation == 'kernel':
     return kernel_matmul.matmul(x, w, act)
   if implementation is None and kernel_matmul.choose(x, w, act):

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from jaxq.nn import linear
+from jaxq.nn import kernel_inputs, linear
 
 # The names are Hugging Face's.
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
@@ -35,12 +35,21 @@ class MLP(nn.Module):
   gated: bool = True
   use_bias: bool = False
 
+  @property
+  def input_linears(self) -> tuple[str, ...]:
+    """What reads the input, and nothing else does (kernel_inputs.feed)."""
+    return ('gate_proj', 'up_proj') if self.gated else ('up_proj',)
+
   @nn.compact
-  def __call__(self, x: jax.Array, mask: jax.Array | None = None) -> jax.Array:
+  def __call__(
+    self,
+    x: jax.Array | kernel_inputs.Inputs,
+    mask: jax.Array | None = None,
+  ) -> jax.Array:
     """(B, T, C) -> (B, T, C).
 
     Args:
-      x: the normalised input.
+      x: the normalised input; Inputs have no mask.
       mask: (B, T) bool; every linear gets zeros where it is False, so that
         statistics count the other tokens only. None: all are real.
     """

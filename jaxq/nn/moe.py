@@ -13,6 +13,8 @@ Taps of the layer itself: 'in', what the router and the experts read, and
 which the calibration counts each expert's tokens.
 """
 
+from typing import ClassVar
+
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
@@ -33,6 +35,8 @@ class SparseMLP(nn.Module):
       some experts would see too few; the output is the same.
   """
 
+  # The router and a tap read the input as it is (kernel_inputs.feed).
+  input_linears: ClassVar[tuple[str, ...]] = ()
   num_experts: int
   experts_per_token: int
   intermediate_size: int

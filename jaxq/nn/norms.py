@@ -1,4 +1,10 @@
-"""Normalisation layers, computed in float32."""
+"""Normalisation layers, computed in float32.
+
+A block in which linears alone read a norm calls it by kernel_inputs.feed, which
+may take codes of what it gives; `kind` is the kernel's name for it.
+"""
+
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +22,7 @@ class RMSNorm(nn.Module):
     eps: added to the mean square.
   """
 
+  kind: ClassVar[str] = 'rms'
   eps: float = 1e-5
 
   @nn.compact
@@ -38,6 +45,7 @@ class LayerNorm(nn.Module):
     eps: added to the variance.
   """
 
+  kind: ClassVar[str] = 'layer'
   eps: float = 1e-5
 
   @nn.compact

@@ -263,9 +263,9 @@ def optimizer(config: TrainConfig, steps: int) -> optax.GradientTransformation:
 class Programs:
   """What a visit runs, compiled once for all samples of one shape.
 
-  logits: (params, ts, query) -> u, v. sample: as sample_combinations.
-  remember: as the function. update: (params, state, ts, query, query_mask,
-    memory) -> (params, state, loss, aux).
+  logits: (params, ts, query, query_mask) -> u, v. sample: as
+  sample_combinations. remember: as the function. update: (params, state, ts,
+  query, query_mask, memory) -> (params, state, loss, aux).
   """
 
   config: TrainConfig
@@ -300,6 +300,7 @@ def train_on_sample(
   ts: interface.TokenSet,
   query: jax.Array,
   rewards_of: Callable[[jax.Array], jax.Array],
+  query_mask: jax.Array | None = None,
 ) -> tuple[Any, Any, list[dict[str, float]]]:
   """All visits to one sample: sample, answer, remember, update.
 
@@ -310,15 +311,16 @@ def train_on_sample(
     run: of `programs`.
     rng: a key.
     params, state: of the policy and its optimizer.
-    ts, query: one sample, batches of 1, nothing masked.
+    ts, query: one sample, batches of 1; of the tokens nothing is masked.
     rewards_of: keep (G, N) bool -> rewards (G,): the frozen model's answers.
+    query_mask: (1, L) bool, False: padding; None: there is none.
 
   Returns:
     params, state and a line of figures per visit: the share kept, the loss, the
     mean rewards by kind of set, and that of the greedy token set.
   """
   config = run.config
-  u, v = run.logits(params, ts, query)
+  u, v = run.logits(params, ts, query, query_mask)
   memory, rate, log = empty_memory(u[0], v[0], config), config.rate, []
   a, f = cacovid.margin(u[0]), cacovid.margin(v[0])
   for key in jax.random.split(rng, config.visits):
@@ -326,7 +328,7 @@ def train_on_sample(
     rewards = rewards_of(sets.keep)
     memory = run.remember(memory, sets, rewards)
     params, state, loss, aux = run.update(
-      params, state, ts, query, None, memory
+      params, state, ts, query, query_mask, memory
     )
     log.append(
       {

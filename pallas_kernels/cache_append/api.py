@@ -1,7 +1,8 @@
 """cache_append: the token of a decoding step into a cache, in place.
 
-Moves one token of each row, or the 128 slots around it where tokens lie along
-lanes; never the cache, if it is donated. A slot at or past the end is dropped.
+Moves one token of each row, or the slots around it (at most 128) where tokens
+lie along lanes or sublanes; never the cache, if it is donated. A slot past the
+end is dropped.
 """
 
 from typing import Any

@@ -6,3 +6,8 @@ SPECS = {
   for h in (64, 128, 256)
   for M in (16, 2048)
 }
+SPECS |= {
+  f'{name}_whole_m{M}': (M, K, K)
+  for name, K in (('llama3_8b_o', 4096), ('llama3_70b_o', 8192))
+  for M in (16, 2048)
+}

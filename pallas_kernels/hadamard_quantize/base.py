@@ -1,7 +1,9 @@
 """x @ H / sqrt(h), block by block, and its codes, in plain JAX.
 
 H is Sylvester's matrix of order h, a power of two: signs alone, so bfloat16
-holds it and a matrix unit applies it, with float32 sums.
+holds it and a matrix unit applies it, with float32 sums. Above WIDTH it is the
+product of two, H_h = H_{h / w} x H_w (Kronecker): inside runs of w = WIDTH
+channels, and then between them.
 """
 
 import jax
@@ -9,6 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels import rows
+
+WIDTH = 512
 
 
 def matrix(h: int) -> np.ndarray:
@@ -21,15 +25,11 @@ def matrix(h: int) -> np.ndarray:
 
 def transform(x: jax.Array, h: int) -> jax.Array:
   """x (M, K) -> (M, K) float32."""
-  M, K = x.shape
-  blocks = x.reshape(M, K // h, h)
-  y = jax.lax.dot_general(
-    blocks,
-    jnp.asarray(matrix(h), x.dtype),
-    (((2,), (0,)), ((), ())),
-    precision=jax.lax.Precision.HIGHEST,
-    preferred_element_type=jnp.float32,
-  )
+  (M, K), w = x.shape, min(h, WIDTH)
+  y = _times(x.reshape(M, K // w, w), w, 2)
+  if h > w:
+    y = _times(y.reshape(M, K // h, h // w, w), h // w, 2)  # (M, K/h, w, h/w)
+    y = jnp.swapaxes(y, 2, 3)
   return y.reshape(M, K) * h**-0.5
 
 
@@ -38,3 +38,14 @@ def hadamard_quantize(
 ) -> tuple[jax.Array, jax.Array]:
   """x (M, K) -> codes (M, K), scale (M, 1)."""
   return rows.quantize(transform(x, h), x_format)
+
+
+def _times(x: jax.Array, n: int, axis: int) -> jax.Array:
+  """Matrix n along `axis`, which becomes the last -> float32."""
+  return jax.lax.dot_general(
+    x,
+    jnp.asarray(matrix(n), x.dtype),
+    (((axis,), (0,)), ((), ())),
+    precision=jax.lax.Precision.HIGHEST,
+    preferred_element_type=jnp.float32,
+  )

@@ -1,11 +1,12 @@
 """hadamard_quantize on TPU: the transform as a product on the matrix unit.
 
-Grid    (M/bm,). Body: x (bm, w) @ H (w, w) for each run of w = max(h, 128)
-        columns, into scratch; then its rows to codes, 32 at a time.
+Grid    (M/bm,). Body: x (bm, w) @ H (w, w) for each run of w columns, h of them
+        but at least 128 and at most 512, into scratch; then 32 rows at a time:
+        sums and differences of runs, log2(h / w) an element, and codes.
 Blocks  x (bm, K) bf16, H (w, w) bf16, codes (bm, K), scale (bm, 1).
 On-chip 2 * (3*bm*K + 512*bm + 2*w*w) + 4*bm*K. bm=128, K=14336, w=128: 19 MB.
 Traffic 3*M*K + 512*M + 2*w*w. M=2048, K=14336: 88 + 1 MB.
-Needs   bf16 x; K a multiple of 128 and of h; h a power of two up to 512.
+Needs   bf16 x; K a multiple of 128 and of h; h a power of two.
 """
 
 import functools
@@ -21,7 +22,7 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels import compat, rows, targets
 from pallas_kernels.hadamard_quantize import base
 
-LARGEST = 512
+LARGEST = 2**15
 _BLOCK_BYTES = 2 * 2**20
 
 
@@ -56,9 +57,10 @@ def hadamard_quantize(
   if reason := why_not(x, h, chip):
     raise NotImplementedError(f'hadamard_quantize: pallas_mosaic_tpu: {reason}')
   M, K = x.shape
-  bm, width = block_rows(M, K), max(h, 128)
+  bm, width = block_rows(M, K), min(max(h, 128), base.WIDTH)
   x = jnp.pad(x, ((0, -M % bm), (0, 0)))
-  H = np.kron(np.eye(width // h, dtype=np.float32), base.matrix(h))
+  order = min(h, width)
+  H = np.kron(np.eye(width // order, dtype=np.float32), base.matrix(order))
   operands = (x, jnp.asarray(H, jnp.bfloat16))
   by_row = lambda i: (i, 0)
   used = 2 * (3 * bm * K + 512 * bm + 2 * width**2) + 4 * bm * K
@@ -99,9 +101,29 @@ def _kernel(x_ref, h_ref, codes_ref, scale_ref, y_ref, *, h, x_format):
   def _(r):
     at = pl.ds(pl.multiple_of(r * rows.ROWS, rows.ROWS), rows.ROWS)
 
+    for stride in _powers(width, h):
+      _butterflies(y_ref, at, stride)
+
     def write(c, codes):
       codes_ref[at, c : c + chunk] = codes
 
     scale_ref[at, :] = rows.quantize_in_kernel(
       lambda c: y_ref[at, c : c + chunk], write, K, chunk, x_format
     )
+
+
+def _powers(start, stop):
+  """start, 2 start, 4 start .. below stop."""
+  while start < stop:
+    yield start
+    start *= 2
+
+
+def _butterflies(y_ref, at, stride):
+  """(a, b) -> (a + b, a - b) of every two neighbouring runs of `stride`."""
+  for start in range(0, y_ref.shape[1], 2 * stride):
+    for c in range(start, start + stride, base.WIDTH):
+      low, high = pl.ds(c, base.WIDTH), pl.ds(c + stride, base.WIDTH)
+      a, b = y_ref[at, low], y_ref[at, high]
+      y_ref[at, low] = a + b
+      y_ref[at, high] = a - b

@@ -25,11 +25,14 @@ def norm_quantize(
   eps: float = 1e-5,
   x_format: str = 'int8',
   scale: jax.Array | None = None,
+  gather: jax.Array | None = None,
+  offset: jax.Array | None = None,
+  narrow: bool = True,
   implementation: str | None = None,
   chip: str | None = None,
   interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array | None]:
-  """x (..., K) -> codes (..., K), and their scale (..., 1) or None.
+  """x (..., K) -> codes (..., K + S), and their scale (..., 1) or None.
 
   Args:
     x: floating.
@@ -39,6 +42,10 @@ def norm_quantize(
     x_format: a key of rows.QMAX.
     scale: static steps: (1,) one in all, or (K,) one per channel; None: one per
       row, taken here and returned.
+    gather: (S,) int32, with static steps: channels whose copies follow the K;
+      K stands for a column of zeros. None: S = 0.
+    offset: (K + S,), in steps, added before the rounding; None: 0.
+    narrow: whether integers stop at -qmax, not at -qmax - 1, with static steps.
     implementation: one of IMPLEMENTATIONS, or None for what `choose` says.
     chip: the TPU compiled for; None: the one at hand.
     interpret: runs the kernel in Pallas's interpreter.
@@ -48,6 +55,7 @@ def norm_quantize(
     NotImplementedError: the implementation that was named cannot serve.
   """
   K = _check(x, kind, x_format)
+  _check_static(scale, gather, offset, K)
   for name, leaf, allowed in (
     ('weight', weight, [(K,)]),
     ('bias', bias, [(K,)]),
@@ -71,9 +79,18 @@ def norm_quantize(
     if bias is None
     else (bias.astype(jnp.float32)[None] * inverse)
   )
-  flat = x.reshape(-1, K)
-  args: Any = (flat, weight, bias, kind, eps, x_format, scale is None)
-  if (implementation or choose(x, chip)) == 'xla':
+  if gather is not None:
+    weight, bias = (
+      jnp.concatenate([leaf, _taken(leaf, gather)], axis=1)
+      for leaf in (weight, bias)
+    )
+  if offset is not None:
+    bias = bias + offset.astype(jnp.float32)[None]
+  flat, static = x.reshape(-1, K), scale is not None
+  args: Any = (flat, weight, bias, kind, eps, x_format, not static)
+  args += (gather, narrow)
+  copies = 0 if gather is None else gather.shape[0]
+  if (implementation or choose(x, chip, copies)) == 'xla':
     codes, steps = base.norm_quantize(*args)
   else:
     codes, steps = pallas_mosaic_tpu.norm_quantize(
@@ -81,15 +98,20 @@ def norm_quantize(
     )
   if steps is not None:
     steps = steps.reshape(*x.shape[:-1], 1)
-  return codes.reshape(x.shape), steps
+  return codes.reshape(*x.shape[:-1], -1), steps
 
 
-def choose(x: Any, chip: str | None = None) -> str:
+def choose(x: Any, chip: str | None = None, copies: int = 0) -> str:
   """The name of the implementation that None stands for.
 
   The kernel where it serves and XLA is not to partition it, else 'xla'.
+
+  Args:
+    x: array or ShapeDtypeStruct (..., K).
+    chip: the TPU compiled for; None: the one at hand.
+    copies: S, how many columns `gather` adds.
   """
-  if pallas_mosaic_tpu.why_not(x, chip or targets.current()):
+  if pallas_mosaic_tpu.why_not(x, chip or targets.current(), copies):
     return 'xla'
   return 'xla' if compat.is_partitioned() else 'pallas_mosaic_tpu'
 
@@ -109,3 +131,27 @@ def _check(x, kind, x_format):
       'them empty. Leave the call out where there are no rows.'
     )
   return x.shape[-1]
+
+
+def _check_static(scale, gather, offset, K):
+  if scale is None and not (gather is None and offset is None):
+    raise ValueError(
+      f'{_OP}: gather or offset without scale; copies are rounded with offsets '
+      'of a static step. Give scale, ones (1,) where x comes in steps.'
+    )
+  if gather is not None and (gather.ndim != 1 or 0 in gather.shape):
+    raise ValueError(
+      f'{_OP}: gather has shape {gather.shape}; it needs (S,), S > 0. Leave it '
+      'out where nothing is copied.'
+    )
+  width = K + (0 if gather is None else gather.shape[0])
+  if offset is not None and offset.shape != (width,):
+    raise ValueError(
+      f'{_OP}: offset has shape {offset.shape}; K={K} and what is gathered '
+      f'need {(width,)}. Reshape it.'
+    )
+
+
+def _taken(leaf, gather):
+  """(1, K) -> (1, S); zeros for index K."""
+  return jnp.take(leaf, gather, axis=1, mode='fill', fill_value=0)

@@ -5,8 +5,9 @@
 
 in float32, then either codes in steps of the row (rows.py), or, with static
 steps, code = clip(round(x / sqrt(..) * (weight / step) + bias / step)): the
-step costs nothing, be it one per channel or one in all. Unlike a norm that is
-stored, y is not rounded to x's dtype in between.
+step costs nothing, be it one per channel or one in all. There copies of some
+channels may follow, each with an offset of its own in `bias` (MergeQuant).
+Unlike a norm that is stored, y is not rounded to x's dtype in between.
 """
 
 import jax
@@ -33,9 +34,18 @@ def norm_quantize(
   eps: float,
   x_format: str,
   dynamic: bool,
+  gather: jax.Array | None = None,
+  narrow: bool = True,
 ) -> tuple[jax.Array, jax.Array | None]:
-  """x (M, K); weight, bias (1, K) float32 -> codes (M, K), scale (M, 1)."""
-  y = normalize(x, kind, eps) * weight + bias
+  """x (M, K); weight, bias (1, K') float32 -> codes (M, K'), scale (M, 1).
+
+  K' = K + S with gather (S,), the channels that the last S columns copy.
+  """
+  y = normalize(x, kind, eps)
+  if gather is not None:
+    tail = jnp.take(y, gather, axis=1, mode='fill', fill_value=0)
+    y = jnp.concatenate([y, tail], axis=1)
+  y = y * weight + bias
   if dynamic:
     return rows.quantize(y, x_format)
-  return rows.encode(y, x_format), None
+  return rows.encode(y, x_format, narrow), None

@@ -21,6 +21,7 @@ from pallas_kernels.prefill_attention import base, pallas_mosaic_tpu
 # A GPU form, 'pallas_mosaic_gpu', goes here and into `choose`.
 IMPLEMENTATIONS = ('pallas_mosaic_tpu', 'xla')
 _OP = 'prefill_attention'
+_FEWEST = 128  # Queries.
 
 
 def prefill_attention(
@@ -79,6 +80,7 @@ def received(
   *,
   weights: jax.Array | None = None,
   start: jax.Array | None = None,
+  positions: jax.Array | None = None,
   lengths: jax.Array | None = None,
   scale: float | None = None,
   window: int | None = None,
@@ -93,27 +95,34 @@ def received(
   Args:
     q, k: as prefill_attention has them, and all that is not said here.
     lse: (B, T, H) float32, of all keys a query sees, these or more.
-    weights: (B, T) of the queries, such as 1 for probes and 0 for others; None:
-      1.
+    weights: (B, T) of the queries; None: 1.
+    positions: (B, T) int32 of the queries, in any order, so that a few that
+      were picked cost no more than they are; a negative one sees nothing. None:
+      start, start + 1, ...
   """
   name, chip, options = _resolve(q, k, k, scale, implementation, chip)
   options |= {'window': window, 'softcap': softcap}
   start, lengths = _rows(k, start, lengths)
   if weights is None:
     weights = jnp.ones(q.shape[:2], jnp.float32)
-  if lse.shape != q.shape[:3] or weights.shape != q.shape[:2]:
+  if positions is None:
+    positions = start[:, None] + jnp.arange(q.shape[1], dtype=jnp.int32)[None]
+  of_queries = weights.shape, positions.shape
+  if lse.shape != q.shape[:3] or of_queries != (q.shape[:2],) * 2:
     raise ValueError(
-      f'{_OP}.received: q {q.shape}, lse {lse.shape}, weights {weights.shape}; '
-      'they are (B, T, H) and (B, T). Give those of these queries.'
+      f'{_OP}.received: q {q.shape}, lse {lse.shape}, weights and positions '
+      f'{of_queries[0]}, {of_queries[1]}; they are (B, T, H) and (B, T). Give '
+      'those of these queries.'
     )
+  positions = positions.astype(jnp.int32)
   if name == 'xla':
-    return base.received(q, k, lse, weights, start, lengths, **options)
+    return base.received(q, k, lse, weights, positions, lengths, **options)
   return pallas_mosaic_tpu.received(
     q,
     k,
     lse,
     weights,
-    start,
+    positions,
     lengths,
     block=block,
     interpret=interpret,
@@ -124,8 +133,11 @@ def received(
 def choose(q: Any, k: Any, v: Any, *, chip: str | None = None) -> str:
   """The name of the implementation that None stands for.
 
-  The kernel, on a TPU that it serves and where XLA is not to partition it.
+  The kernel, on a TPU that it serves and where XLA is not to partition it; for
+  fewer queries than a tile has, XLA's path, whose scores are few.
   """
+  if q.shape[1] < _FEWEST:
+    return 'xla'
   if pallas_mosaic_tpu.why_not(q, k, v, chip or targets.current()):
     return 'xla'
   return 'xla' if compat.is_partitioned() else 'pallas_mosaic_tpu'

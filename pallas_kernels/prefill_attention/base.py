@@ -23,7 +23,8 @@ def prefill_attention(
   float32 sums; out in q's dtype. 0 and -inf for a query that sees nothing.
   """
   B, T, H, D = q.shape
-  s, seen = _scores(q, k, start, lengths, scale, window, softcap)
+  rows = start[:, None] + jnp.arange(T)[None]
+  s, seen = _scores(q, k, rows, lengths, scale, window, softcap)
   largest = jnp.max(jnp.where(seen, s, -jnp.inf), axis=-1, keepdims=True)
   finite = jnp.where(jnp.isneginf(largest), 0.0, largest)
   p = jnp.where(seen, jnp.exp(s - finite), 0.0)
@@ -43,7 +44,7 @@ def received(
   k: jax.Array,
   lse: jax.Array,
   weights: jax.Array,
-  start: jax.Array,
+  positions: jax.Array,
   lengths: jax.Array,
   *,
   scale: float,
@@ -52,7 +53,7 @@ def received(
 ) -> jax.Array:
   """sum_t weights_t p_ts, p = exp(s - lse): (B, H, S) float32."""
   B, T, H, _ = q.shape
-  s, seen = _scores(q, k, start, lengths, scale, window, softcap)
+  s, seen = _scores(q, k, positions, lengths, scale, window, softcap)
   by_head = lse.reshape(B, T, k.shape[2], -1).transpose(0, 2, 3, 1)
   finite = jnp.where(jnp.isneginf(by_head), 0.0, by_head)
   p = jnp.where(seen, jnp.exp(s - finite[..., None]), 0.0)
@@ -60,15 +61,18 @@ def received(
   return sums.reshape(B, H, -1)
 
 
-def _scores(q, k, start, lengths, scale, window, softcap):
-  """Scores (B, Hkv, G, T, S) and what is seen, which broadcasts to them."""
+def _scores(q, k, positions, lengths, scale, window, softcap):
+  """Scores (B, Hkv, G, T, S) and what is seen, which broadcasts to them.
+
+  positions (B, T), of the queries.
+  """
   B, T, H, D = q.shape
   q = (q.astype(jnp.float32) * scale).reshape(B, T, k.shape[2], -1, D)
   keys = k.astype(jnp.float32)
   s = jnp.einsum('btkgd,bskd->bkgts', q, keys, precision='highest')
   if softcap is not None:
     s = softcap * jnp.tanh(s / softcap)
-  rows = start[:, None, None] + jnp.arange(T)[None, :, None]  # (B, T, 1)
+  rows = positions[:, :, None]
   columns = jnp.arange(k.shape[1])[None, None]
   seen = (columns <= rows) & (columns < lengths[:, None, None])
   if window is not None:

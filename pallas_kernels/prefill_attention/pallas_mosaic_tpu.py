@@ -8,6 +8,8 @@ forward
   stands in for it, so that it is not loaded.
 received
   Grid    (B, H, S/bk, T/bq), queries innermost; sum += w exp(s - lse).
+  Queries lie at any positions; the newest and oldest of a block of them say
+  which tiles it sees.
 On-chip 2 * 2 * (2 bq + 2 bk) D + 4 bq (D + 256) + about 3 * 4 bq bk. bq = bk =
         512, D = 128: 1.0 + 0.8 + 3.1 = 5 MB.
 Traffic 2 D (2 T + 2 S T / bq / 2) bytes a head, causal. T = S = 8192, bq 512:
@@ -134,7 +136,7 @@ def received(
   k: jax.Array,
   lse: jax.Array,
   weights: jax.Array,
-  start: jax.Array,
+  positions: jax.Array,
   lengths: jax.Array,
   *,
   scale: float,
@@ -152,15 +154,23 @@ def received(
   nothing = jnp.isneginf(lse)
   lse = jnp.where(nothing, -_MASKED, lse).transpose(0, 2, 1)
   lse = jnp.pad(lse, ((0, 0), (0, 0), (0, T_pad - T)), constant_values=-_MASKED)
-  weights = jnp.pad(weights.astype(jnp.float32), ((0, 0), (0, T_pad - T)))
+  behind = ((0, 0), (0, T_pad - T))
+  weights = jnp.pad(weights.astype(jnp.float32), behind)
+  positions = jnp.pad(positions, behind, constant_values=-1)
+  blocks = positions.reshape(B, T_pad // bq, bq)
+  newest = jnp.max(blocks, axis=2)
+  oldest = jnp.min(jnp.where(blocks < 0, newest[..., None], blocks), axis=2)
 
   def queries(b, h, j, i, *_):
     return b, h, i, 0
 
+  def by_query(b, h, j, i, *_):
+    return b, 0, i
+
   sums = pl.pallas_call(
     functools.partial(_received, call=call),
     grid_spec=pltpu.PrefetchScalarGridSpec(
-      num_scalar_prefetch=2,
+      num_scalar_prefetch=3,
       grid=(B, H, S_pad // bk, T_pad // bq),
       in_specs=[
         pl.BlockSpec((1, 1, bq, D), queries),
@@ -169,7 +179,8 @@ def received(
           lambda b, h, j, i, *_: (b, jax.lax.div(h, call.group), j, 0),
         ),
         pl.BlockSpec((1, 1, 1, bq), lambda b, h, j, i, *_: (b, h, 0, i)),
-        pl.BlockSpec((1, 1, bq), lambda b, h, j, i, *_: (b, 0, i)),
+        pl.BlockSpec((1, 1, bq), by_query),
+        pl.BlockSpec((1, 1, bq), by_query),
       ],
       out_specs=pl.BlockSpec(
         (1, 1, 1, bk), lambda b, h, j, i, *_: (b, h, 0, j)
@@ -181,7 +192,16 @@ def received(
     ),
     interpret=compat.interpret_mode(interpret),
     name='received_attention',
-  )(start, lengths, q, k, lse[:, :, None], weights[:, None])
+  )(
+    newest.reshape(-1),
+    oldest.reshape(-1),
+    lengths,
+    q,
+    k,
+    lse[:, :, None],
+    weights[:, None],
+    positions[:, None],
+  )
   return sums[:, :, 0, :S]
 
 
@@ -222,22 +242,16 @@ def _seen_blocks(call, i, start, length):
   return jnp.minimum(jax.lax.div(oldest, call.bk), high), high
 
 
-def _sees(call, i, j, start, length):
-  """Whether any query of block i sees any key of block j; scalars."""
-  first, last = start + i * call.bq, start + (i + 1) * call.bq - 1
-  seen = (j * call.bk <= last) & (j * call.bk < length)
+def _sees(call, oldest, newest, j, length):
+  """Whether queries from oldest to newest see any key of block j; scalars."""
+  seen = (j * call.bk <= newest) & (j * call.bk < length)
   if call.window is not None:
-    seen &= (j + 1) * call.bk - 1 > first - call.window
+    seen &= (j + 1) * call.bk - 1 > oldest - call.window
   return seen
 
 
-def _mask(call, i, j, start, length, turned=False):
-  """(bq, bk) bool; (bk, bq) if turned."""
-  shape = (call.bk, call.bq) if turned else (call.bq, call.bk)
-  row = start + i * call.bq
-  row = row + jax.lax.broadcasted_iota(jnp.int32, shape, int(turned))
-  column = j * call.bk
-  column = column + jax.lax.broadcasted_iota(jnp.int32, shape, 1 - int(turned))
+def _mask(call, row, column, length):
+  """What queries at `row` see of keys at `column`, which broadcast."""
   seen = (column <= row) & (column < length)
   if call.window is not None:
     seen &= column > row - call.window
@@ -274,10 +288,14 @@ def _forward(
     total[...] = jnp.zeros_like(total)
     m[...] = jnp.full_like(m, _MASKED)
 
-  @pl.when(_sees(call, i, j, start, length))
+  first = start + i * call.bq
+
+  @pl.when(_sees(call, first, first + call.bq - 1, j, length))
   def _():
     s = _capped(tiles.dot(q_ref[0, 0], k_ref[0, 0], 1), call)
-    s = jnp.where(_mask(call, i, j, start, length), s, _MASKED)
+    row = first + jax.lax.broadcasted_iota(jnp.int32, s.shape, 0)
+    column = j * call.bk + jax.lax.broadcasted_iota(jnp.int32, s.shape, 1)
+    s = jnp.where(_mask(call, row, column, length), s, _MASKED)
     before = m[...]
     largest = jnp.maximum(before, jnp.max(s, axis=1, keepdims=True))
     p = jnp.exp(s - tiles.repeat(largest, call.bk))
@@ -299,21 +317,32 @@ def _forward(
 
 
 def _received(
-  start_ref, length_ref, q_ref, k_ref, lse_ref, weight_ref, out_ref, *, call
+  newest_ref,
+  oldest_ref,
+  length_ref,
+  q_ref,
+  k_ref,
+  lse_ref,
+  weight_ref,
+  position_ref,
+  out_ref,
+  *,
+  call,
 ):
   b, j, i = pl.program_id(0), pl.program_id(2), pl.program_id(3)
-  start, length = start_ref[b], length_ref[b]
+  length, block = length_ref[b], b * pl.num_programs(3) + i
 
   @pl.when(i == 0)
   def _():
     out_ref[...] = jnp.zeros_like(out_ref)
 
-  @pl.when(_sees(call, i, j, start, length))
+  @pl.when(_sees(call, oldest_ref[block], newest_ref[block], j, length))
   def _():
     # Keys along sublanes: log-sum-exps of queries lie along lanes.
     s = _capped(tiles.dot(k_ref[0, 0], q_ref[0, 0], 1), call)  # (bk, bq)
     p = jnp.exp(s - lse_ref[0, 0])
-    seen = _mask(call, i, j, start, length, turned=True)
+    column = j * call.bk + jax.lax.broadcasted_iota(jnp.int32, s.shape, 0)
+    seen = _mask(call, position_ref[0], column, length)
     p = jnp.where(seen, p * weight_ref[0], 0.0)
     # Ones (8, bq) times p^T: a row of sums along lanes; p keeps 16 bits.
     ones = jnp.ones((8, call.bq), jnp.bfloat16)

@@ -53,7 +53,7 @@ class QuestTest(parameterized.TestCase):
     pages = np.repeat(bound, 4, axis=-1)[..., :20]
     self.assertTrue((pages >= scores - 1e-4).all())
 
-  @parameterized.parameters(('kv_head',))
+  @parameterized.parameters(('kv_head',), ('all',))
   def test_picking_is_masking(self, group_by):
     config = dataclasses.replace(CONFIG, group_by=group_by, dense_prefill=False)
     cache, _ = filled(config)
@@ -81,8 +81,8 @@ class QuestTest(parameterized.TestCase):
     self.assertTrue(np.asarray(some).all())
 
   def test_at_least_three_pages(self):
-    self.assertEqual(quest.QuestConfig(budget=16).pages(), 3)
-    self.assertEqual(quest.QuestConfig(budget=256).pages(), 16)
+    self.assertEqual(quest.QuestConfig(budget=16).pages_read(), 3)
+    self.assertEqual(quest.QuestConfig(budget=256).pages_read(), 16)
 
   def test_first_layers_read_everything(self):
     cache = quest.QuestConfig(budget=32).init(testing.shape())
@@ -102,7 +102,12 @@ class QuestTest(parameterized.TestCase):
   @parameterized.parameters(
     ({'page_size': 0}, 'quest: page_size=0; it must be at least 1'),
     ({'budget': 0}, 'quest: budget=0'),
-    ({'group_by': 'layer'}, r"group_by='layer'; allowed \['kv_head', 'q_head'"),
+    ({'group_by': 'layer'}, r"group_by='layer'; allowed \['all', 'kv_head'"),
+    ({'pages': 9}, "quest: pages=9, inner='contiguous'; there is a pool with"),
+    (
+      {'inner': 'paged', 'page_size': 12},
+      'quest: page_size=12; it must be a power of two',
+    ),
     ({'inner': 'zipcache'}, "quest: inner='zipcache'; allowed"),
   )
   def test_messages(self, fields, message):

@@ -146,6 +146,9 @@ class TokenSelectTest(parameterized.TestCase):
     ({'local': 100}, 'local=100, chunk=512; the new tokens are the last'),
     ({'pool': 4}, 'pool=4; it must be odd.*Use 5'),
     ({'theta': -2.0}, 'theta=-2.0; a cosine is needed'),
+    ({'inner': 'int8'}, r"inner='int8'; allowed \['contiguous', 'paged'\]"),
+    ({'inner': 'paged', 'page_size': 12}, 'tokenselect: page_size=12; it must'),
+    ({'pages': 9}, "tokenselect: pages=9, inner='contiguous'; there is a po"),
     ({'gqa_map': 'x'}, r"gqa_map='x'; allowed \['grouped', 'mod'\]"),
   )
   def test_messages(self, fields, message):

@@ -1,6 +1,7 @@
 """Tests of jaxq.nn.causal."""
 
 import functools
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +9,7 @@ import numpy as np
 from absl.testing import absltest, parameterized
 
 from jaxq.nn import causal
+from pallas_kernels import compat, targets
 
 
 def make(T, H, Hkv, D=8, dtype=jnp.float32):
@@ -67,6 +69,28 @@ class CausalTest(parameterized.TestCase):
     self.assertEqual(out.dtype, jnp.bfloat16)
     expected = reference(q, k, v, q.shape[-1] ** -0.5, None, None)
     np.testing.assert_allclose(out.astype(jnp.float32), expected, atol=0.03)
+
+  def test_a_kernel_where_there_is_a_tpu(self):
+    data = make(128, 2, 1, D=64, dtype=jnp.bfloat16)
+    f = lambda q, k, v: causal.attention(q, k, v, window=40)
+    loss = lambda q, k, v: jnp.sum(f(q, k, v).astype(jnp.float32) ** 2)
+    run = lambda: jax.jit(
+      lambda *x: (f(*x), jax.grad(loss, argnums=(0, 1, 2))(*x))
+    )(*data)
+    want = run()
+    text = str(jax.make_jaxpr(f)(*data))
+    self.assertNotIn('pallas_call', text)
+    with (
+      mock.patch.object(targets, 'current', return_value='v5e'),
+      mock.patch.object(compat, 'interpret_mode', lambda _: True),
+    ):
+      text = str(jax.make_jaxpr(lambda *x: f(*x))(*data))
+      self.assertIn('name=prefill_attention', text)
+      got = run()
+    # Both round probabilities and outputs to bfloat16.
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+      a, b = (np.asarray(x, np.float32) for x in (a, b))
+      np.testing.assert_allclose(a, b, atol=0.03, rtol=0.03)
 
 
 if __name__ == '__main__':

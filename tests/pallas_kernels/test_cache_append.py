@@ -16,8 +16,11 @@ KERNEL = {'implementation': 'pallas_mosaic_tpu', 'chip': 'v5e'}
 class CacheAppendTest(parameterized.TestCase):
   @parameterized.named_parameters(
     ('rows', (8, 128), 'bfloat16'),
-    ('rows_bytes', (2, 128), 'uint8'),
+    ('rows_bytes', (4, 128), 'uint8'),
+    ('sublanes', (1, 128), 'bfloat16'),
+    ('sublanes_bytes', (3, 128), 'uint8'),
     ('lanes', (2, 32), 'uint8'),
+    ('lanes_of_floats', (2, 64), 'bfloat16'),
     ('groups', (2, 4), 'float16'),
     ('a_number_a_head', (4, 1), 'float16'),
     ('norms', (1, 1), 'float32'),
@@ -50,7 +53,7 @@ class CacheAppendTest(parameterized.TestCase):
     with self.assertRaisesRegex(NotImplementedError, "chip is 'v4'"):
       api.cache_append(cache, new, slots, **{**KERNEL, 'chip': 'v4'})
     with self.assertRaisesRegex(
-      NotImplementedError, '100 slots of 64 channels'
+      NotImplementedError, '100 slots of 1 heads and 64 channels'
     ):
       api.cache_append(cache[:, :100], new, slots, **KERNEL)
     wide = jnp.zeros((2, 128, 1, 64), jnp.complex64)

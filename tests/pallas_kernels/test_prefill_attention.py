@@ -87,6 +87,23 @@ class PrefillAttentionTest(parameterized.TestCase):
       expected = np.einsum('bhts,bt->bhs', p, weights)
       np.testing.assert_allclose(sums, expected, rtol=1e-3, atol=1e-4)
 
+  def test_received_from_a_few_queries_in_any_order(self):
+    q, k, v = make(200, 200, B=1)
+    lengths = np.array([180])
+    _, lse, p = exact(q, k, v, np.array([0]), lengths, window=90)
+    picked = np.array([[199, 3, 3, -1, 140]])  # One twice, one is none.
+    arrays = {
+      'q': q[:, picked[0]],
+      'k': k,
+      'lse': jnp.asarray(lse, jnp.float32)[:, picked[0]],
+      'positions': picked,
+      'lengths': lengths,
+    }
+    want = p[:, :, [199, 3, 3, 140]].sum(axis=2)
+    for name in api.IMPLEMENTATIONS:
+      got = run(api.received, arrays, window=90, implementation=name)
+      np.testing.assert_allclose(got, want, rtol=1e-3, atol=1e-4)
+
   def test_nothing_seen_and_anything_behind(self):
     q, k, v = make(128, 256)
     spoil = lambda x: x.at[:, 130:].set(jnp.nan)
@@ -103,9 +120,11 @@ class PrefillAttentionTest(parameterized.TestCase):
     np.testing.assert_array_equal(sums[1], 0)
 
   def test_choice_and_messages(self):
-    q, k, v = make(8, 8)
+    q, k, v = make(128, 128)
     self.assertEqual(api.choose(q, k, v), 'xla')  # On a CPU.
     self.assertEqual(api.choose(q, k, v, chip='v6e'), 'pallas_mosaic_tpu')
+    q, k, v = make(8, 8)
+    self.assertEqual(api.choose(q, k, v, chip='v6e'), 'xla')  # Not a tile.
     named = functools.partial(api.prefill_attention, **KERNEL)
     with self.assertRaisesRegex(NotImplementedError, 'k is float32; it takes'):
       named(q, k.astype(jnp.float32), v)
@@ -117,8 +136,11 @@ class PrefillAttentionTest(parameterized.TestCase):
       api.prefill_attention(q, k, v, implementation='triton')
     with self.assertRaisesRegex(ValueError, 'k and v are shaped alike'):
       api.prefill_attention(q, k[:, :4], v)
-    with self.assertRaisesRegex(ValueError, r'lse \(2, 8\), weights \(2, 8\)'):
+    with self.assertRaisesRegex(ValueError, r'lse \(2, 8\), weights and posi'):
       api.received(q, k, jnp.zeros((2, 8)))
+    lse, few = jnp.zeros((2, 8, 2)), jnp.zeros((2, 5), jnp.int32)
+    with self.assertRaisesRegex(ValueError, r'\(2, 8\), \(2, 5\); they are'):
+      api.received(q, k, lse, positions=few)
     with self.assertRaisesRegex(ValueError, 'bq=100, bk=128; both must'):
       tpu.Block(bq=100, bk=128)
 

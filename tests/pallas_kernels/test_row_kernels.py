@@ -58,6 +58,42 @@ class NormQuantizeTest(parameterized.TestCase):
       self.assertIsNone(steps)
 
   @parameterized.parameters(
+    ('rms', 'bfloat16', True), ('layer', 'float32', False)
+  )
+  def test_copies_equal_base(self, kind, dtype, narrow):
+    """The one-hot product takes columns as they are, in both dtypes."""
+    K, S = 256, 128
+    x, weight, bias = draw(3, 13, K, dtype=dtype), 50 + draw(K), draw(K) * 0.1
+    gather = jnp.full((S,), K).at[:4].set(jnp.array([7, 7, 255, 0]))
+    f = functools.partial(
+      norm_api.norm_quantize,
+      kind=kind,
+      scale=jnp.ones((1,)),
+      gather=gather,
+      offset=jnp.linspace(-0.4, 0.4, K + S),
+      narrow=narrow,
+    )
+    codes, steps = jax.jit(functools.partial(f, **KERNEL))(x, weight, bias)
+    want, _ = f(x, weight, bias, implementation='xla')
+    self.assertIsNone(steps)
+    self.assertEqual(codes.shape, (3, 13, K + S))
+    same_codes(codes, want)
+    self.assertEqual(int(want.min()), -127 if narrow else -128)
+
+  def test_copies_by_hand(self):
+    x = jnp.array([[3.0, -1.0], [1.0, 1.0]])  # RMS sqrt(5) and 1.
+    codes, _ = norm_api.norm_quantize(
+      x,
+      jnp.array([2.0, 5.0]),
+      eps=0.0,
+      scale=jnp.array([1.0, 0.5]),
+      gather=jnp.array([1, 2, 0]),
+      offset=jnp.array([0.0, 0.0, 0.7, 0.6, 0.0]),
+    )
+    # 6 / 2.236 = 2.68, -10 / 2.236 = -4.47; the place of no channel has 0.
+    np.testing.assert_array_equal(codes, [[3, -4, -4, 1, 3], [2, 10, 11, 1, 2]])
+
+  @parameterized.parameters(
     ('rms', norms.RMSNorm()), ('layer', norms.LayerNorm())
   )
   def test_base_is_the_norm_then_the_rounding(self, kind, layer: nn.Module):
@@ -86,6 +122,17 @@ class NormQuantizeTest(parameterized.TestCase):
     ('scale', {'scale': jnp.ones(3)}, r'scale has shape \(3,\), x has K=128'),
     ('bias', {'bias': jnp.ones(3)}, r'bias has shape \(3,\)'),
     ('name', {'implementation': 'cuda'}, "implementation='cuda'; allowed"),
+    ('dynamic', {'gather': jnp.zeros(8, int)}, 'gather or offset without scal'),
+    (
+      'gather',
+      {'gather': jnp.zeros((1, 8), int), 'scale': jnp.ones(1)},
+      r'gather has shape \(1, 8\); it needs \(S,\)',
+    ),
+    (
+      'offset',
+      {'offset': jnp.zeros(8), 'scale': jnp.ones(1)},
+      r'offset has shape \(8,\).*need \(128,\)',
+    ),
   )
   def test_messages(self, changed, message):
     with self.assertRaisesRegex(ValueError, message):
@@ -101,6 +148,8 @@ class NormQuantizeTest(parameterized.TestCase):
       f(draw(2, 128), draw(128), chip='v4')
     with self.assertRaisesRegex(ValueError, 'x has shape .0, 128.*no rows'):
       f(draw(2, 128)[:0], draw(128))
+    with self.assertRaisesRegex(NotImplementedError, 'S=8 copies; it takes m'):
+      f(draw(2, 128), draw(128), scale=jnp.ones(1), gather=jnp.zeros(8, int))
     self.assertEqual(norm_api.choose(draw(2, 128)), 'xla')  # On a CPU.
     self.assertEqual(norm_api.choose(draw(2, 128), 'v6e'), 'pallas_mosaic_tpu')
 
@@ -122,10 +171,19 @@ class HadamardQuantizeTest(parameterized.TestCase):
     same_codes(codes, want)
     np.testing.assert_allclose(scale, want_scale, rtol=1e-5)
 
-  def test_the_transform_is_that_of_numerics(self):
-    x = draw(4, 256)
-    want = hadamard.transform(x.reshape(4, 4, 64)).reshape(4, 256)
-    np.testing.assert_allclose(hadamard_base.transform(x, 64), want, atol=1e-5)
+  def test_a_block_of_several_runs_equals_base(self):
+    x = draw(3, 15, 4096, dtype='bfloat16')
+    f = functools.partial(hadamard_api.hadamard_quantize, block=2048)
+    codes, scale = jax.jit(functools.partial(f, **KERNEL))(x)
+    want, want_scale = f(x, implementation='xla')
+    same_codes(codes, want)
+    np.testing.assert_allclose(scale, want_scale, rtol=1e-5)
+
+  @parameterized.parameters((256, 64), (4096, 2048))
+  def test_the_transform_is_that_of_numerics(self, K, h):
+    x = draw(4, K)
+    want = hadamard.transform(x.reshape(4, K // h, h)).reshape(4, K)
+    np.testing.assert_allclose(hadamard_base.transform(x, h), want, atol=1e-5)
 
   @parameterized.named_parameters(
     ('odd', {'block': 96}, 'block=96, K=128; block must be a power of two'),
@@ -140,8 +198,9 @@ class HadamardQuantizeTest(parameterized.TestCase):
   def test_refusals(self):
     f = functools.partial(hadamard_api.hadamard_quantize, **KERNEL)
     x = draw(2, 1024, dtype='bfloat16')
-    with self.assertRaisesRegex(NotImplementedError, 'block=1024; it takes up'):
-      f(x, block=1024)
+    wide = jnp.zeros((2, 65536), jnp.bfloat16)
+    with self.assertRaisesRegex(NotImplementedError, 'block=65536; it takes u'):
+      f(wide, block=65536)
     with self.assertRaisesRegex(
       NotImplementedError, 'x is float32; it takes b'
     ):

@@ -3,19 +3,25 @@
 A cheap case of each; caches are long enough that a copy of one would show.
 """
 
+import dataclasses
 import functools
 import math
+import re
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
 import pytest
 from absl.testing import absltest, parameterized
 
+from jaxq.kvcache import registry
+from models import decoder
 from pallas_kernels import ahead_of_time, stored, targets
 from pallas_kernels.cache_append import api as append_api
 from pallas_kernels.decode_attention import api as decode_api
 from pallas_kernels.prefill_attention import api as prefill_api
 from pallas_kernels.select_topk import api as topk_api
+from tests.decode import testing as decode_testing
 
 pytestmark = pytest.mark.slow
 KERNEL = 'pallas_mosaic_tpu'
@@ -91,7 +97,9 @@ class AttentionAotTest(parameterized.TestCase):
     self.assertLess(memory.temp_size_in_bytes, nbytes([pool]) // 8)
 
   @parameterized.parameters(
-    ('v5e', (8, 128), 'bfloat16'), ('v6e', (8, 32), 'uint8')
+    ('v5e', (8, 128), 'bfloat16'),
+    ('v5p', (1, 128), 'bfloat16'),
+    ('v6e', (8, 32), 'uint8'),
   )
   def test_append_is_in_place(self, chip, sizes, dtype):
     cache = ((2, S, *sizes), dtype)
@@ -100,6 +108,7 @@ class AttentionAotTest(parameterized.TestCase):
     )
     shapes = [cache, ((2, *sizes), dtype), ((2,), jnp.int32)]
     memory = self.compile(chip, f, shapes, donate_argnums=0)
+    # No pass over it either: integers of its bits would be one.
     self.assertEqual(memory.alias_size_in_bytes, nbytes([cache]))
     self.assertLess(memory.temp_size_in_bytes, nbytes([cache]) // 8)
 
@@ -114,6 +123,62 @@ class AttentionAotTest(parameterized.TestCase):
     memory = self.compile('v5e', f, [q, kv, kv])
     scores = 4 * 8 * 1024 * 1024
     self.assertLess(memory.temp_size_in_bytes, scores // 2)
+
+  def test_received_of_probes(self):
+    shapes = [((1, 1024, 8, 128), BF16), ((1, 16384, 2, 128), BF16)]
+    shapes += [((1, 1024, 8), jnp.float32), ((1, 1024), jnp.int32)]
+
+    def f(q, k, lse, positions):
+      return prefill_api.received(
+        q, k, lse, positions=positions, implementation=KERNEL, chip='v6e'
+      )
+
+    memory = self.compile('v6e', f, shapes)
+    self.assertLess(memory.temp_size_in_bytes, 8 * 1024 * 16384)
+
+  @parameterized.product(name=('contiguous', 'int8'), T=(1, 256))
+  def test_a_decoder_writes_its_cache_in_place(self, name, T):
+    try:
+      device = ahead_of_time.devices(targets.get('v5e').topology)[0]
+    except NotImplementedError as e:
+      self.skipTest(str(e))
+    L, capacity = 8, 65536
+    config = dataclasses.replace(
+      decode_testing.CONFIG,
+      head_dim=128,
+      num_heads=16,
+      num_kv_heads=8,
+      num_layers=L,
+    )
+    module = decoder.Decoder(config, dtype=BF16)
+    variables, caches = jax.eval_shape(
+      lambda: (
+        module.init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32)),
+        decoder.init_caches(
+          config, (L,), 2, capacity, BF16, registry.parse(name)
+        ),
+      )
+    )
+    cast = lambda a: jax.ShapeDtypeStruct(a.shape, BF16)
+    tokens = jax.ShapeDtypeStruct((2, T), jnp.int32)
+    args = jax.tree.map(cast, variables), tokens, tokens, caches
+    sharding = jax.sharding.SingleDeviceSharding(device)
+    args = jax.tree.map(
+      lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), args
+    )
+    # As on the chip: None picks.
+    with mock.patch.object(targets, 'current', return_value='v5e'):
+      step = jax.jit(module.apply, donate_argnums=3).lower(*args)
+    compiled = step.compile()
+    text, memory = compiled.as_text(), compiled.memory_analysis()
+    served = ('cache_append', 'decode_attention')
+    for kernel in served if T == 1 else ('prefill_attention',):
+      call = re.search(rf'%\w*{kernel}[\w.]* = .* custom-call\(', text)
+      self.assertIsNotNone(call, kernel)
+    size = nbytes((a.shape, a.dtype) for a in jax.tree.leaves(caches))
+    self.assertGreaterEqual(memory.alias_size_in_bytes, size)
+    # The scan over layers takes one layer, 1 / 8, out of the stack at a time.
+    self.assertLess(memory.temp_size_in_bytes, size // 4)
 
   def test_select_topk(self):
     f = functools.partial(

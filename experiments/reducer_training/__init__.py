@@ -1,0 +1,1 @@
+"""Trainings of token reducers on a MosaicQA model; registry.py lists them."""
