@@ -202,6 +202,7 @@ def measured() -> list[results.Row]:
       share = max(FLAGS.devices) if kind == 'strong' else devices
       runs = [_spawn(devices, LEAST * share) for _ in range(FLAGS.repeats)]
       seconds = sorted(run['seconds'] for run in runs)[len(runs) // 2]
+      print(f'{kind}, {devices}: {seconds:.2f} s', file=sys.stderr, flush=True)
       alone = alone or seconds
       # All devices are this one host, which has so many times the work to do.
       ideal = alone * (devices if kind == 'weak' else 1)
