@@ -18,7 +18,6 @@ The folder is that of experiments.training_files.
 
 import dataclasses
 import functools
-import hashlib
 import json
 import os
 import pathlib
@@ -124,8 +123,7 @@ class Job:
   @property
   def content_hash(self) -> str:
     """16 hexadecimal digits of the description."""
-    text = json.dumps(self.description, sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    return training_files.content_hash(self.description)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

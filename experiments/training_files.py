@@ -9,6 +9,7 @@ All of it is written by process 0; every tree arrives by a rename.
 """
 
 import dataclasses
+import hashlib
 import json
 import os
 import pathlib
@@ -27,6 +28,12 @@ _METRICS = 'metrics.jsonl'
 def is_complete(folder: str | os.PathLike) -> bool:
   """Whether the parameters are there."""
   return (pathlib.Path(folder) / PARAMS / trees.STRUCTURE).is_file()
+
+
+def content_hash(description: Mapping[str, Any]) -> str:
+  """16 hexadecimal digits of a description in JSON's types."""
+  text = json.dumps(description, sort_keys=True)
+  return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def claim(folder: pathlib.Path, description: Mapping[str, Any]) -> None:

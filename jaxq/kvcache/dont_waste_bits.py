@@ -275,14 +275,7 @@ class DontWasteBitsCache:
     )
 
   def _state(self, q, queries, k, v, positions, scoring) -> softmax.Partial:
-    state = kernel.attend_own(
-      q,
-      k,
-      v,
-      positions,
-      scoring,
-      lambda: softmax.attend_own(queries, k, v, scoring),
-    )
+    state = kernel.attend_own(q, k, v, positions, scoring)
     for i, pool in enumerate(self.pools):
       if pool is None:
         continue

@@ -271,14 +271,7 @@ class DoubleSparseCache:
     cached = quest.by_step(
       self, q.shape[1], self.config.heavy_tokens, dense, chosen, masked
     )
-    own = kernel.attend_own(
-      q,
-      k,
-      v,
-      positions,
-      scoring,
-      lambda: softmax.attend_own(queries, k, v, scoring),
-    )
+    own = kernel.attend_own(q, k, v, positions, scoring)
     out = softmax.finish(softmax.merge(cached, own), q.dtype)
     return out, interface.Update(k=k, v=v)
 

@@ -256,14 +256,7 @@ class EvictCache:
     """As interface.Cache says; the update has the scores, held ones first."""
     interface.check_inputs(self, q, k, self.kv_heads)
     queries = softmax.group(q, self.kv_heads, scoring.scale)
-    state = kernel.attend_own(
-      q,
-      k,
-      v,
-      positions,
-      scoring,
-      lambda: softmax.attend_own(queries, k, v, scoring),
-    )
+    state = kernel.attend_own(q, k, v, positions, scoring)
     for part in self._held(q, queries, positions, scoring):
       state = softmax.merge(state, part)
     out = softmax.finish(state, q.dtype)

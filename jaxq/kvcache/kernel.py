@@ -81,7 +81,6 @@ def attend_own(
   v: jax.Array,
   positions: jax.Array,
   scoring: interface.Scoring,
-  otherwise: Callable[[], softmax.Partial],
   *,
   implementation: str | None = None,
   **options: Any,
@@ -94,13 +93,13 @@ def attend_own(
     positions: (B, T) int32; negative: padding behind a row's tokens, whose
       outputs are anything.
     scoring: scale, window and softcap.
-    otherwise: the plain path.
-    implementation: None: the kernel where it serves; 'xla': otherwise().
+    implementation: None: the kernel where it serves; 'xla': softmax's.
     **options: of prefill_attention.
   """
   name = implementation or prefill.choose(q, k, v)
   if name == 'xla':
-    return otherwise()
+    queries = softmax.group(q, k.shape[2], scoring.scale)
+    return softmax.attend_own(queries, k, v, scoring)
   out, lse = prefill.prefill_attention(
     q,
     k,

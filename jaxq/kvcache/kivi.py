@@ -202,14 +202,7 @@ class KiviCache:
       scoring,
       block=R,
     )
-    own = kernel.attend_own(
-      q,
-      k,
-      v,
-      positions,
-      scoring,
-      lambda: softmax.attend_own(queries, k, v, scoring),
-    )
+    own = kernel.attend_own(q, k, v, positions, scoring)
     state = softmax.merge(softmax.merge(stored, window), own)
     out = rotation.turn_back(of_values, softmax.finish(state, q.dtype))
     return out, interface.Update(k=k, v=v)

@@ -229,14 +229,7 @@ class OffloadedCache:
     cached = far() if everywhere else chosen()
     if self.near:
       cached = softmax.merge(near(), cached)
-    own = kernel.attend_own(
-      q,
-      k,
-      v,
-      positions,
-      scoring,
-      lambda: softmax.attend_own(queries, k, v, scoring),
-    )
+    own = kernel.attend_own(q, k, v, positions, scoring)
     out = softmax.finish(softmax.merge(cached, own), q.dtype)
     return out, interface.Update(k=k, v=v)
 

@@ -110,14 +110,7 @@ class PagedCache:
       plain,
       table=self.table,
     )
-    own = kernel.attend_own(
-      q,
-      k,
-      v,
-      positions,
-      scoring,
-      lambda: softmax.attend_own(queries, k, v, scoring),
-    )
+    own = kernel.attend_own(q, k, v, positions, scoring)
     out = softmax.finish(softmax.merge(cached, own), q.dtype)
     return out, interface.Update(k=k, v=v)
 

@@ -114,14 +114,7 @@ class TokenCache:
     cached = kernel.attend(
       q, positions, self.k, self.v, self.length, scoring, plain
     )
-    own = kernel.attend_own(
-      q,
-      k,
-      v,
-      positions,
-      scoring,
-      lambda: softmax.attend_own(queries, k, v, scoring),
-    )
+    own = kernel.attend_own(q, k, v, positions, scoring)
     out = softmax.finish(softmax.merge(cached, own), q.dtype)
     return out, interface.Update(k=k, v=v)
 

@@ -166,14 +166,7 @@ class QuestCache:
       return slots.attend_masked(queries, self.k, self.v, seen, scoring)
 
     cached = by_step(self, q.shape[1], n * size, dense, chosen, masked)
-    own = kernel.attend_own(
-      q,
-      k,
-      v,
-      positions,
-      scoring,
-      lambda: softmax.attend_own(queries, k, v, scoring),
-    )
+    own = kernel.attend_own(q, k, v, positions, scoring)
     out = softmax.finish(softmax.merge(cached, own), q.dtype)
     return out, interface.Update(k=k, v=v)
 

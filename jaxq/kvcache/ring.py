@@ -113,14 +113,7 @@ class RingCache:
     cached = kernel.attend(
       q, positions, of_k, of_v, self.length, scoring, plain, ring=True
     )
-    own = kernel.attend_own(
-      q,
-      k,
-      v,
-      positions,
-      scoring,
-      lambda: softmax.attend_own(queries, k, v, scoring),
-    )
+    own = kernel.attend_own(q, k, v, positions, scoring)
     out = softmax.finish(softmax.merge(cached, own), q.dtype)
     return out, interface.Update(k=k, v=v)
 

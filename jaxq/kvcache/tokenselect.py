@@ -289,14 +289,7 @@ class TokenSelectCache:
       jnp.int32(at.shape[1]),
       scoring,
     )
-    new = kernel.attend_own(
-      q,
-      k,
-      v,
-      positions,
-      scoring,
-      lambda: softmax.attend_own(queries, k, v, scoring),
-    )
+    new = kernel.attend_own(q, k, v, positions, scoring)
     out = softmax.finish(softmax.merge(cached, new), q.dtype)
     return out, interface.Update(k=bare, v=v, state=state)
 

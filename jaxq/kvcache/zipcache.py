@@ -198,14 +198,7 @@ class ZipCache:
     R, Hkv = self.k_residual.shape[1:3]
     interface.check_inputs(self, q, k, Hkv)
     queries = softmax.group(q, Hkv, scoring.scale)
-    state = kernel.attend_own(
-      q,
-      k,
-      v,
-      positions,
-      scoring,
-      lambda: softmax.attend_own(queries, k, v, scoring),
-    )
+    state = kernel.attend_own(q, k, v, positions, scoring)
     for pool in self.pools:
       if pool is None:
         continue

@@ -26,26 +26,10 @@ from jaxq.data import mosaic
 from jaxq.kvcache import paged
 from jaxq.parallel import mesh as mesh_lib
 from jaxq.tokens import interface, prumerge, registry
-from models import vision_language
 from tests.data import mosaic_testing
-from tests.experiments import testing
+from tests.experiments import mosaic_models, testing
 
-DATA = mosaic.MosaicConfig(
-  frames=2, rows=2, columns=2, min_digits=1, questions_per_sample=4
-)
-MODEL = training.fit(
-  DATA,
-  vision_language.VisionLanguageConfig(
-    patch_size=8,
-    vision_size=16,
-    vision_layers=1,
-    vision_heads=2,
-    hidden_size=16,
-    num_layers=2,
-    num_heads=2,
-    mlp_ratio=2,
-  ),
-)
+DATA, MODEL = mosaic_models.DATA, mosaic_models.MODEL
 JOB = training.Job(
   data=DATA,
   model=MODEL,

@@ -31,26 +31,11 @@ from jaxq.data import digits as digits_lib
 from jaxq.data import mosaic
 from jaxq.tokens import embedlens as embedlens_lib
 from jaxq.tokens import interface, tokenflex, tokenflex_training
-from models import vision_language, visual_tokens
+from models import visual_tokens
 from tests.data import mosaic_testing
-from tests.experiments import testing
+from tests.experiments import mosaic_models, testing
 
-DATA = mosaic.MosaicConfig(
-  frames=2, rows=2, columns=2, min_digits=1, questions_per_sample=4
-)
-MODEL = training.fit(
-  DATA,
-  vision_language.VisionLanguageConfig(
-    patch_size=8,
-    vision_size=16,
-    vision_layers=1,
-    vision_heads=2,
-    hidden_size=16,
-    num_layers=2,
-    num_heads=2,
-    mlp_ratio=2,
-  ),
-)
+DATA, MODEL = mosaic_models.DATA, mosaic_models.MODEL
 MODEL_JOB = training.Job(data=DATA, model=MODEL, train=training.TrainConfig())
 SCHEDULE = program.Schedule(
   steps=4, batch=2, questions=2, save_every=50, log_every=2
