@@ -5,9 +5,8 @@
 jaxq says `jnp.float32` wherever a method computes in it. Here that name means
 float64 and weights are widened as they are read, so the same program does the
 same sums with 29 more bits. What then still differs between two ways to take a
-sum is not its rounding. Only for controls, and for integer formats: it is slow,
-stored arrays keep the types that the format gives them, and fp8 and the like
-are rounded by the bits of a float32, which is none here.
+sum is not its rounding. Only for controls: it is slow, and stored arrays keep
+the types that the format gives them.
 """
 
 import importlib
@@ -17,6 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 
 def _widen(read: Any) -> Any:
@@ -27,6 +27,27 @@ def _widen(read: Any) -> Any:
     return leaf.astype(np.float64) if floating else leaf
 
   return lambda *args: jax.tree.map(wide, read(*args))
+
+
+def _exponent(x: jax.Array) -> jax.Array:
+  """formats.exponent, which reads the bits of a float32, of any float."""
+  return jnp.where(x == 0, -127, jnp.frexp(x)[1] - 1)
+
+
+def _exp2(e: jax.Array) -> jax.Array:
+  """formats.exp2 in float64."""
+  return jnp.ldexp(jnp.ones(jnp.shape(e), jnp.float64), e)
+
+
+def _by_float32(rne_saturate: Any) -> Any:
+  """Rounds to float32 first, as torch casts a float64 to fp8.
+
+  One value of a million lies so near a boundary that this moves it, and one is
+  enough to change all that follows.
+  """
+  return lambda x, fmt: rne_saturate(
+    lax.reduce_precision(x, exponent_bits=8, mantissa_bits=23), fmt
+  )
 
 
 def main() -> None:
@@ -44,6 +65,9 @@ def main() -> None:
   spec.stored_scale_dtype = property(
     lambda self: jnp.float64 if self.granularity == 'token' else stored(self)
   )
+  formats: Any = importlib.import_module('jaxq.numerics.formats')
+  formats.exponent, formats.exp2 = _exponent, _exp2
+  formats.rne_saturate = _by_float32(formats.rne_saturate)
   loading.DTYPES = (*loading.DTYPES, 'float64')
   opened: Any = loading.OpenModel
   opened.outside = _widen(opened.outside)

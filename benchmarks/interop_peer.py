@@ -90,9 +90,9 @@ def nll(
   Block formats are decoded to bfloat16, which is all that transformers decodes
   them to, and then computed with in float32 like the others; in float64 if
   `double`, where transformers' own code asks for float32 too. The format's step
-  for dynamic inputs puts the largest value of every token on the boundary of
+  for dynamic integers puts the largest value of every token on the boundary of
   two codes (127.5 steps), where the last bit decides, so `double` takes it
-  OFF_BOUNDARY.
+  OFF_BOUNDARY; in fp8 that value is a code (448 steps).
   """
   import torch
   import transformers
@@ -123,9 +123,9 @@ def nll(
 
     dynamic = lifecycle.compute_dynamic_scales_and_zp
 
-    def off_boundary(*args, **keywords):
-      scale, zero = dynamic(*args, **keywords)
-      return scale * OFF_BOUNDARY, zero
+    def off_boundary(*, args, **keywords):
+      scale, zero = dynamic(args=args, **keywords)
+      return scale * (OFF_BOUNDARY if args.type == 'int' else 1), zero
 
     # Norms, angles and softmax are float32 by these names, whatever the model.
     with (

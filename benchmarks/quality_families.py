@@ -42,6 +42,7 @@ METHODS = {
   'RTN': quality.DATA_FREE,
   'GPTQ': quality.GPTQ,
   'AWQ': quality.AWQ,
+  'AWQ, no clipping': (*quality.AWQ, '--set=awq.clip=false'),
 }
 # With searched ranges GPTQ does worse than RTN on Whisper's decoder.
 OWN = {('whisper-base', 'GPTQ'): ('--method=gptq',)}
@@ -164,6 +165,12 @@ ROWS = tuple(
 )
 # Setting and method, then what it should be better than.
 CLAIMS = (
+  *(
+    (f'{setting}, {method}', f'{setting}, RTN')
+    for setting in ('W4', 'W3g64')
+    for method in METHODS
+    if method != 'RTN'
+  ),
   ('W8A8 static, OS+', 'W8A8 static, SmoothQuant'),
   ('W6A6 static, OS+', 'W6A6 static, SmoothQuant'),
   ('W6A6 static, SmoothQuant', 'W6A6 static, RTN'),
