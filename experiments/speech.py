@@ -132,6 +132,7 @@ def compare(
   )
   conventions = {
     'data': spoken.description,
+    'loops': 'heard again',
     'dtype': jnp.dtype(model.module.dtype).name,
   }
   config = dataclasses.replace(
@@ -142,19 +143,25 @@ def compare(
     interval = bootstrap.interval(
       lambda mean: mean, values[None], config=config
     )
-    return results.Metric(
-      name=name,
-      value=interval.value,
-      low=interval.low,
-      high=interval.high,
-      conventions=conventions,
-    )
+    return _metric(name, interval, conventions)
 
   def own(m, nll):
-    heard = transcription.transcribe(m, [clip.samples for clip in spoken.clips])
-    errors = wer.word_errors([clip.text for clip in spoken.clips], heard)
-    rate = results.Metric(name=WER, value=errors.rate, conventions=conventions)
-    return (metric(NLL, nll), rate)
+    heard = transcription.transcribe(
+      m,
+      [clip.samples for clip in spoken.clips],
+      temperatures=transcription.TEMPERATURES,
+    )
+    counts = [
+      wer.word_errors([clip.text], [text])
+      for clip, text in zip(spoken.clips, heard, strict=True)
+    ]
+    rate = bootstrap.interval(  # Over clips.
+      np.divide,
+      np.array([[count.errors for count in counts]]),
+      np.array([[count.words for count in counts]]),
+      config=dataclasses.replace(config, block=1),
+    )
+    return (metric(NLL, nll), _metric(WER, rate, conventions))
 
   row = own(model, found.nll)
   if reference is None:
@@ -164,4 +171,14 @@ def compare(
   return (
     results.Row(name=reference.name, metrics=first),
     results.Row(name=model.name, metrics=row + compared),
+  )
+
+
+def _metric(name, interval: bootstrap.Interval, conventions) -> results.Metric:
+  return results.Metric(
+    name=name,
+    value=interval.value,
+    low=interval.low,
+    high=interval.high,
+    conventions=conventions,
   )

@@ -39,6 +39,12 @@ _MAX_NEW_TOKENS = flags.DEFINE_integer(
   'Tokens per 30 s at most.',
   lower_bound=1,
 )
+_RETRY_LOOPS = flags.DEFINE_bool(
+  'retry_loops',
+  True,
+  'Draw again, at higher temperatures, what came out as a loop. '
+  '--noretry_loops: greedy only.',
+)
 _TOKEN_REDUCER = flags.DEFINE_string(
   'token_reducer',
   '',
@@ -62,6 +68,7 @@ def main(argv: Sequence[str]) -> None:
     [samples],
     language=_LANGUAGE.value,
     max_new_tokens=_MAX_NEW_TOKENS.value,
+    temperatures=transcription.TEMPERATURES if _RETRY_LOOPS.value else (),
   )
   print(text, flush=True)
   seconds, length = time.monotonic() - start, len(samples) / audio.RATE

@@ -5,12 +5,19 @@ greedily and without timestamps:
 
   <|startoftranscript|><|en|><|transcribe|><|notimestamps|> text <|endoftext|>
 
+A greedy decoder can fall into a loop and repeat a word to the end. Such a text
+compresses far better than speech does, so Whisper tries again at higher and
+higher temperatures until it no longer compresses more than LOOP times (Radford
+et al., arXiv 2212.04356, section 4.5; its second test, of the mean log
+probability, is left out). `temperatures` asks for that.
+
 The encoder and the keys and values of the cross-attention run once per window;
 the loop is that of jaxq.decode.autoregressive. A word on a cut may be lost:
 clips of up to 30 s have none.
 """
 
 import functools
+import zlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,9 +28,11 @@ import tokenizers
 
 import models
 from jaxq.data import audio
-from jaxq.decode import autoregressive
+from jaxq.decode import autoregressive, sampling
 from models import whisper
 
+TEMPERATURES = (0.2, 0.4, 0.6, 0.8, 1.0)  # The paper's.
+LOOP = 2.4  # Bytes of a text over those it compresses to, at most.
 MAX_NEW_TOKENS = 224  # Half the decoder's positions, as Whisper's own code has.
 
 
@@ -34,6 +43,7 @@ def transcribe(
   language: str = 'en',
   max_new_tokens: int = MAX_NEW_TOKENS,
   batch_size: int = 8,
+  temperatures: Sequence[float] = (),
 ) -> list[str]:
   """The text of each clip.
 
@@ -43,6 +53,9 @@ def transcribe(
     language: code of the language that is spoken, as in 'en'.
     max_new_tokens: per window of 30 s; the decoder's positions end it too.
     batch_size: windows at a time.
+    temperatures: of further tries for a window whose text is a loop, drawn
+      with the same key for every window; the last one stands. None of them:
+      greedy only.
 
   Raises:
     ValueError: another kind of model, an unknown language, or a clip without
@@ -54,16 +67,28 @@ def transcribe(
   size = model.config.frames * audio.HOP
   parts = [audio.windows(clip, size) for clip in clips]
   stacked = np.concatenate(parts)
-  texts: list[str] = []
-  for start in range(0, len(stacked), batch_size):
-    batch = stacked[start : start + batch_size]
-    out = _generate(model, batch, prompt, min(max_new_tokens, room))
-    texts += [_text(model.tokenizer, row) for row in out]
+  texts = [''] * len(stacked)
+  left = list(range(len(stacked)))
+  for temperature in (0.0, *temperatures):
+    for start in range(0, len(left), batch_size):
+      chosen = left[start : start + batch_size]
+      out = _generate(
+        model, stacked[chosen], prompt, min(max_new_tokens, room), temperature
+      )
+      for i, row in zip(chosen, out, strict=True):
+        texts[i] = _text(model.tokenizer, row)
+    left = [i for i in left if compression(texts[i]) > LOOP]
   pieces = iter(texts)
   return [
     ' '.join(text for text in (next(pieces) for _ in part) if text)
     for part in parts
   ]
+
+
+def compression(text: str) -> float:
+  """How many times smaller zlib makes a text; below 1 for a short one."""
+  data = text.encode('utf-8')
+  return len(data) / len(zlib.compress(data))
 
 
 def check_family(model: Any) -> None:
@@ -151,7 +176,9 @@ def _listen(module, variables, samples):
   return module.apply(variables, features, method='listen')
 
 
-def _generate(model, samples, prompt, max_new_tokens) -> list[list[int]]:
+def _generate(
+  model, samples, prompt, max_new_tokens, temperature
+) -> list[list[int]]:
   """The tokens behind the prompt, for windows (B, N)."""
   cross = _listen(model.module, model.variables, samples)
   out = autoregressive.generate(
@@ -159,6 +186,8 @@ def _generate(model, samples, prompt, max_new_tokens) -> list[list[int]]:
     {**model.variables, 'cross': cross},
     [prompt] * len(samples),
     max_new_tokens=max_new_tokens,
+    sampling=sampling.Sampling(temperature=temperature),
+    key=jnp.broadcast_to(jax.random.key(0), (len(samples),)),
   )
   return [
     row[:length].tolist()

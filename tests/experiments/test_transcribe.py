@@ -5,6 +5,7 @@ import pathlib
 import subprocess
 import sys
 import tempfile
+from unittest import mock
 
 import jax.numpy as jnp
 import numpy as np
@@ -56,6 +57,31 @@ class TranscriptionTest(TinyModelTestCase):
     a, b = self.clip(0), self.clip(2)
     parts = [text for text in self.hear([a, b]) if text]
     self.assertEqual(self.hear([np.concatenate([a, b])]), [' '.join(parts)])
+
+  def test_a_loop_is_heard_again(self):
+    texts = {0.0: ['na ' * 60, 'a b'], 0.2: ['na ' * 50], 0.4: ['oh']}
+    asked = []
+
+    def generate(model, samples, prompt, max_new_tokens, temperature):
+      asked.append((len(samples), temperature))
+      return texts[temperature]
+
+    with (
+      mock.patch.object(transcription, '_generate', generate),
+      mock.patch.object(transcription, '_text', lambda tokenizer, row: row),
+    ):
+      clips = [self.clip(0), self.clip(1)]
+      heard = self.hear(clips, temperatures=(0.2, 0.4, 0.6))
+      self.assertEqual(heard, ['oh', 'a b'])
+      self.assertEqual(asked, [(2, 0.0), (1, 0.2), (1, 0.4)])
+      self.assertEqual(self.hear(clips), texts[0.0])  # Greedy only.
+
+  def test_another_try_is_the_same_alone(self):
+    self.enterContext(mock.patch.object(transcription, 'LOOP', 0.0))
+    clips = [self.clip(0), self.clip(1)]
+    drawn = self.hear(clips, temperatures=(50.0,))
+    self.assertEqual(drawn[1:], self.hear(clips[1:], temperatures=(50.0,)))
+    self.assertNotEqual(drawn, self.hear(clips))
 
   def test_suppressed_tokens_never_come(self):
     own = transcription.speech_model(self.model.module)
