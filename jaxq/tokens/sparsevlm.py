@@ -22,7 +22,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from jaxq.tokens import interface, primitives
+from jaxq.tokens import density_peaks, interface, primitives
 
 # Kept after each layer, of 576, by the number of tokens they amount to.
 KEEP = {192: (300, 200, 110), 128: (303, 110, 36), 64: (66, 30, 17)}
@@ -130,7 +130,7 @@ class SparseVlmConfig(interface.Config):
     others, used = primitives.select_topk(
       scores, ts.mask & (slot < 0), n, jnp.full((B,), n, jnp.int32)
     )
-    cluster = dpc_knn(
+    cluster = density_peaks.clusters(
       primitives.gather(ts.tokens, others), used, c, jnp.minimum(k, c)
     )
     at = jnp.where(cluster < 0, -1, count[:, None] + cluster)
@@ -146,49 +146,6 @@ class SparseVlmConfig(interface.Config):
       index=own,
       positions=primitives.gather(ts.positions, first),
     )
-
-
-def dpc_knn(
-  x: jax.Array, mask: jax.Array, c_max: int, c: jax.Array
-) -> jax.Array:
-  """Density-peak clusters (Du et al., 2016) of each row.
-
-  Args:
-    x: (B, n, D).
-    mask: (B, n) bool.
-    c_max: clusters, static.
-    c: (B,) int32 of them to make at most.
-
-  Returns:
-    (B, n) int32 in [-1, c_max), clusters in order of their first member; -1 at
-    masked tokens.
-  """
-  B, n, D = x.shape
-  x = jnp.where(mask[..., None], x.astype(jnp.float32), 0.0)
-  square = jnp.sum(x * x, axis=-1)
-  cross = jnp.einsum('bnd,bmd->bnm', x, x, precision=_HIGHEST)
-  square = square[:, :, None] + square[:, None] - 2 * cross
-  square = jnp.where(jnp.eye(n, dtype=bool)[None], 0.0, jnp.maximum(square, 0))
-  square = square / D
-  pair = mask[:, None] & mask[:, :, None]
-  # The c nearest, a token itself included; rows with fewer take what they have.
-  near = -jax.lax.top_k(jnp.where(pair, -square, -jnp.inf), min(c_max, n))[0]
-  density = jnp.exp(-primitives.masked_mean(near, jnp.isfinite(near), axis=-1))
-  own, other = density[:, :, None], density[:, None]
-  earlier = jnp.arange(n)[None] < jnp.arange(n)[:, None]
-  denser = pair & ((other > own) | ((other == own) & earlier[None]))
-  distance = jnp.sqrt(square)
-  far = jnp.max(jnp.where(pair, distance, 0.0), axis=(1, 2))
-  to_denser = jnp.min(jnp.where(denser, distance, jnp.inf), axis=-1)
-  peak = density * jnp.minimum(to_denser, far[:, None])
-  centres, is_centre = primitives.select_topk(peak, mask, min(c_max, n), c)
-  to_centre = primitives.gather(square, centres)  # (B, c, n): symmetric.
-  to_centre = jnp.where(is_centre[..., None], to_centre, jnp.inf)
-  cluster = jnp.argmin(to_centre, axis=1).astype(jnp.int32)
-  as_centre = primitives.scatter_slots(centres, n)  # Theirs is their own.
-  cluster = jnp.where(as_centre >= 0, as_centre, cluster)
-  cluster = jnp.where(mask & jnp.any(is_centre, 1)[:, None], cluster, -1)
-  return primitives.order_slots(cluster, c_max)
 
 
 def rate(

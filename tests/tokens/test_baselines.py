@@ -135,31 +135,6 @@ class PruMergeTest(parameterized.TestCase):
 
 
 class SparseVlmTest(parameterized.TestCase):
-  def test_clusters_equal_loops(self):
-    n, c = 14, 3
-    x = np.asarray(normal(1, n, 6))
-    mask = jnp.ones((1, n), bool)
-    found = jax.jit(sparsevlm.dpc_knn, static_argnums=2)(
-      jnp.asarray(x), mask, c, jnp.array([c])
-    )
-    distance = np.linalg.norm(x[0, :, None] - x[0], axis=-1) / np.sqrt(6)
-    density = np.exp(-np.mean(np.sort(distance, 1)[:, :c] ** 2, axis=1))
-    to_denser = [
-      min(
-        (distance[i, j] for j in range(n) if density[j] > density[i]),
-        default=distance.max(),
-      )
-      for i in range(n)
-    ]
-    centres = np.argsort(-density * np.array(to_denser))[:c]
-    label = np.argmin(distance[:, centres], axis=1)
-    for i, centre in enumerate(centres):
-      label[centre] = i
-    same = label[:, None] == label
-    found = np.asarray(found)
-    np.testing.assert_array_equal(found[0][:, None] == found[0], same)
-    self.assertEqual(int(found[0, 0]), 0)
-
   def test_kept_tokens_then_means_of_clusters(self):
     N = 60
     x = normal(1, N, 4)

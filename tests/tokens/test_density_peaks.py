@@ -1,5 +1,6 @@
 """Density-peak scores against loops, with padding."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from absl.testing import absltest, parameterized
@@ -42,6 +43,31 @@ class DensityPeaksTest(parameterized.TestCase):
     np.testing.assert_array_equal(got[6:], 0)
     spoilt = jnp.asarray(x).at[6:].set(jnp.nan)
     np.testing.assert_array_equal(density_peaks.scores(spoilt, mask), got)
+
+  def test_clusters_equal_loops(self):
+    n, c = 14, 3
+    x = np.random.default_rng(3).normal(size=(1, n, 6)).astype(np.float32)
+    mask = jnp.ones((1, n), bool)
+    found = jax.jit(density_peaks.clusters, static_argnums=2)(
+      jnp.asarray(x), mask, c, jnp.array([c])
+    )
+    distance = np.linalg.norm(x[0, :, None] - x[0], axis=-1) / np.sqrt(6)
+    density = np.exp(-np.mean(np.sort(distance, 1)[:, :c] ** 2, axis=1))
+    to_denser = [
+      min(
+        (distance[i, j] for j in range(n) if density[j] > density[i]),
+        default=distance.max(),
+      )
+      for i in range(n)
+    ]
+    centres = np.argsort(-density * np.array(to_denser))[:c]
+    label = np.argmin(distance[:, centres], axis=1)
+    for i, centre in enumerate(centres):
+      label[centre] = i
+    same = label[:, None] == label
+    found = np.asarray(found)
+    np.testing.assert_array_equal(found[0][:, None] == found[0], same)
+    self.assertEqual(int(found[0, 0]), 0)
 
 
 if __name__ == '__main__':
