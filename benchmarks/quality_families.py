@@ -25,9 +25,12 @@ FLAGS = flags.FLAGS
 MODELS = {
   'minilm-l6': ('--model=minilm-l6', '--eval_samples=256'),
   'vit-s14': ('--model=vit-s14', '--eval_samples=256'),
+  # benchmarks.speech_clips writes these folders.
   'whisper-base': (
     '--model=whisper-base',
-    '--sequences=8',
+    '--data=out/speech_clips/calibration',
+    '--eval_data=out/speech_clips/evaluation',
+    '--sequences=16',
     '--batch_size=2',
   ),
 }
@@ -57,7 +60,7 @@ BASELINES = (
 )
 OS_PLUS = ('--method=os_plus', '--set=os_plus.bmm=')
 OUTLIERTUNE = ('--method=outliertune', '--set=outliertune.bmm=')
-NORMS_ONLY = '--ignore=o_proj,down_proj'
+NORMS_ONLY = ('--ignore=o_proj', '--ignore=down_proj')
 UNSYMMETRIZED = '--set=outliertune.symmetrize=never'
 # The first token of an encoder is no sink: it counts.
 MERGEQUANT = (
@@ -89,8 +92,8 @@ STATIC = (
   ('OS+', OS_PLUS),
   ('OS+, no shift', (*OS_PLUS, '--set=os_plus.shift=never')),
   # Only what norms feed, which is all that either changes, is quantized.
-  ('SmoothQuant, o and down float', (*quality.SMOOTH_STATIC, NORMS_ONLY)),
-  ('OS+, o and down float', (*OS_PLUS, NORMS_ONLY)),
+  ('SmoothQuant, o and down float', (*quality.SMOOTH_STATIC, *NORMS_ONLY)),
+  ('OS+, o and down float', (*OS_PLUS, *NORMS_ONLY)),
 )
 PAPERS = (
   *(('W8A8 static', *row) for row in STATIC[:3]),

