@@ -28,7 +28,6 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 from absl import flags
-from scipy.io import wavfile
 
 import models
 from experiments import cli, transcription
@@ -124,9 +123,9 @@ class _Archive:
     return self._files[f'{self._root}/{path}'].decode('utf-8').strip()
 
   def floats(self, path: str) -> np.ndarray:
-    """A wav file's samples (N,) in [-1, 1], stored as floats."""
-    data = self._files[f'{self._root}/{path}']
-    return wavfile.read(io.BytesIO(data))[1]
+    """A wav file's samples (N,) in [-1, 1], stored as 32-bit floats."""
+    data = self._files[f'{self._root}/{path}']  # `wave` reads integers only.
+    return np.frombuffer(data, '<f4', offset=data.index(b'data') + 8)
 
   def samples(self, path: str) -> bytes:
     """A wav file's samples, which are 16 kHz, mono and 16 bit."""
