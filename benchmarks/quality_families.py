@@ -274,8 +274,9 @@ def page(stored: dict[str, dict]) -> str:
     'intervals over samples. Calibration:\n64 passages of 128 tokens or 64 '
     'crops of 224 x 224 pixels, 16 for AWQ at W4 and\nW3g64, 32 at W4g64A8; '
     'RTN with dynamic inputs learns nothing from data; 8 to 16\nstretches of '
-    'speech for Whisper, NLL and KL over the words spoken. Evaluation text\n'
-    'and photos are others than those of the calibration.\n'
+    'speech for Whisper, NLL and KL over the words spoken; '
+    '`python -m\nbenchmarks.speech_clips` writes them. Text, photos and '
+    'speech of the evaluation are\nothers than those of the calibration.\n'
   ]
   parts += [section(stored, model) for model in MODELS]
   return '\n'.join(part for part in parts if part)
