@@ -13,11 +13,10 @@ of each whether it held, by the intervals that were measured.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 from absl import flags
 
-from benchmarks import quality
+from benchmarks import claims, quality
 from experiments import cli, results
 
 FLAGS = flags.FLAGS
@@ -238,17 +237,6 @@ COLUMNS = (
 )
 
 
-class Interval(NamedTuple):
-  """A value and the ends of its 95 % interval."""
-
-  value: float
-  low: float
-  high: float
-
-  def __str__(self) -> str:
-    return f'{self.value:.4g} [{self.low:.4g}, {self.high:.4g}]'
-
-
 def main(argv: Sequence[str]) -> None:
   """Runs what is missing and writes the page."""
   del argv
@@ -316,56 +304,25 @@ def section(stored: dict[str, dict], model: str) -> str:
     length=LENGTHS[model],
     level='###',
   )
+  metric, more = MEASURES[model]
   parts = (
     f'## {model}\n',
     results.to_markdown(rows),
     ''.join(refused),
-    claims(stored, model),
+    claims.table(
+      stored,
+      CLAIMS,
+      metric,
+      more=more,
+      prefix=f'{model}, ',
+      level='###',
+    ),
     NOTES.get(model, ''),
     cost,
     ''.join(f'- {run}\n' for run in runs),
     f'| row | flags |\n|---|---|\n{commands}',
   )
   return '\n'.join(part for part in parts if part)
-
-
-def claims(stored: dict[str, dict], model: str) -> str:
-  """A Markdown table of CLAIMS; '' where none has both its rows.
-
-  A claim holds where the intervals lie apart in its direction; where they
-  overlap nothing is said.
-  """
-  metric, more = MEASURES[model]
-  lines = []
-  for ours, beside in CLAIMS:
-    pair = [_interval(stored, f'{model}, {n}', metric) for n in (ours, beside)]
-    a, b = pair
-    if a is None or b is None:
-      continue
-    better, worse = (a, b) if more else (b, a)
-    holds = 'not told apart'
-    if better.low > worse.high:
-      holds = 'yes'
-    elif better.high < worse.low:
-      holds = '**no**'
-    lines.append(f'| {ours} | {a} | {beside} | {b} | {holds} |\n')
-  if not lines:
-    return ''
-  return (
-    f'### Does what the papers claim hold?\n\nBy {metric}.\n\n'
-    f'| this | | should be better than | | does it |\n|---|---|---|---|---|\n'
-    + ''.join(lines)
-  )
-
-
-def _interval(
-  stored: dict[str, dict], name: str, metric: str
-) -> Interval | None:
-  """Of a stored row's metric; None where there is none."""
-  for found in stored.get(name, {}).get('row', {}).get('metrics', ()):
-    if found['name'] == metric:
-      return Interval(found['value'], found['low'], found['high'])
-  return None
 
 
 def _row(data: dict, model: str) -> results.Row:
