@@ -7,6 +7,11 @@ folder of a test are set here, so that no test file has to repeat them.
 
 import os
 import pathlib
+import signal
+
+# What a shell starts in the background ignores Ctrl-C, as do its processes.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+  signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Before JAX is imported, and inherited by the processes that tests start.
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
