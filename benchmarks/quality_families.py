@@ -219,6 +219,16 @@ NOTES = {
     'static ones, which are asymmetric as well. PTQ1.61 has 1.78\nbits a '
     'weight and learns for 5 of the 20 epochs; GPTQ has 2.06.\n'
   ),
+  'vit-s14': (
+    'AWQ searches its clipping on 4 crops, which are too much alike at 3 bits '
+    '([notes.md](notes.md)\nhas five variants). SmoothQuant takes a range per '
+    'token at run time at W6A6 and\nOutlierTune has none: it is ahead here as '
+    'on SmolLM2-135M, and far behind with\nstatic ranges there.\n'
+  ),
+  'whisper-base': (
+    'The word error rates are those of 384 words in 11 clips: they rank, and '
+    'their\nintervals overlap.\n'
+  ),
 }
 COLUMNS = (
   'cosine to float',
