@@ -226,8 +226,8 @@ NOTES = {
     'on SmolLM2-135M, and far behind with\nstatic ranges there.\n'
   ),
   'whisper-base': (
-    'The word error rates are those of 384 words in 11 clips: they rank, and '
-    'their\nintervals overlap.\n'
+    'The word error rates are those of 384 words in 11 clips: at 4 '
+    'bits their\nintervals overlap.\n'
   ),
 }
 COLUMNS = (
