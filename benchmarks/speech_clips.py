@@ -5,8 +5,8 @@
 evaluation: eleven clips, 163 s and 383 words, with their text: sentences of
 Austen and a sonnet of Shakespeare from LibriVox, Kennedy, and a phonetician
 well and with a cold. calibration: the reading of speech:calibration, and half
-minutes of ten meetings of the AMI corpus with what --model hears in them, which
-is what a quantized model should hear too; loops and a few stray words are left
+minutes of meetings of the AMI corpus with what --model hears in them, which is
+what a quantized model should hear too; loops and a few stray words are left
 out.
 
 All lie in the source archives of packages, of which nothing else is used; the

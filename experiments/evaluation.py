@@ -7,7 +7,7 @@ them is paired.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -79,9 +79,9 @@ class Comparison:
     kl = self._interval(identity, self.divergence.kl)
     agree = self._interval(identity, self.divergence.agree)
     compared = (
-      _metric(RATIO, self.ratio, conventions),
-      _metric(KL, kl, conventions, unit='nats/token'),
-      _metric(AGREEMENT, agree, conventions),
+      results.Metric.of(RATIO, self.ratio, conventions),
+      results.Metric.of(KL, kl, conventions, unit='nats/token'),
+      results.Metric.of(AGREEMENT, agree, conventions),
     )
     return (
       results.Row(
@@ -97,7 +97,7 @@ class Comparison:
     num_bytes = {**p.conventions, 'bytes': p.num_bytes}
     bits_per_nat = p.nll.size / p.num_bytes / np.log(2.0)
     return tuple(
-      _metric(name, self._interval(function, p.nll), conventions)
+      results.Metric.of(name, self._interval(function, p.nll), conventions)
       for name, function, conventions in (
         (PERPLEXITY, p.per(p.nll.size), p.conventions),
         (WORD, p.per(p.words), words),
@@ -232,22 +232,6 @@ def _perplexity(nll, model, windows, read=None) -> perplexity.Perplexity:
       'scored tokens': int(nll.size),
       **(read or {}),
     },
-  )
-
-
-def _metric(
-  name: str,
-  interval: bootstrap_lib.Interval,
-  conventions: Mapping[str, Any],
-  unit: str = '',
-) -> results.Metric:
-  return results.Metric(
-    name=name,
-    value=interval.value,
-    low=interval.low,
-    high=interval.high,
-    unit=unit,
-    conventions=dict(conventions),
   )
 
 

@@ -285,13 +285,7 @@ def _metrics(samples: Samples, model: Any, config: Any) -> Callable:
     interval = bootstrap_lib.interval(
       lambda mean: mean, values[:, None], config=config
     )
-    return results.Metric(
-      name=name,
-      value=interval.value,
-      low=interval.low,
-      high=interval.high,
-      conventions=conventions,
-    )
+    return results.Metric.of(name, interval, conventions)
 
   return metric
 

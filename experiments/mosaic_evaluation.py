@@ -65,15 +65,7 @@ def accuracy_metrics(
     right.astype(np.float64),
     config=bootstrap.BootstrapConfig(block=right.shape[1]),
   )
-  metrics = [
-    results.Metric(
-      name='accuracy',
-      value=found.value,
-      low=found.low,
-      high=found.high,
-      conventions=conventions,
-    )
-  ]
+  metrics = [results.Metric.of('accuracy', found, conventions)]
   for i, kind in enumerate(mosaic.KINDS):
     if (kinds == i).any():
       value = float(right[kinds == i].mean())

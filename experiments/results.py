@@ -21,6 +21,8 @@ from typing import Any
 
 import jax
 
+from jaxq.eval import bootstrap
+
 SCHEMA_VERSION = 1
 _UPRIGHT = 3  # Rows that stand side by side in 80 columns.
 _VERSION = 'schema_version'
@@ -83,6 +85,24 @@ class Metric:
         f'Metric {self.name!r}: low={self.low} is above high={self.high}; '
         'low <= high is needed. Swap them.'
       )
+
+  @classmethod
+  def of(
+    cls,
+    name: str,
+    found: bootstrap.Interval,
+    conventions: Mapping[str, Any],
+    unit: str = '',
+  ) -> 'Metric':
+    """A value with the interval that was found for it."""
+    return cls(
+      name=name,
+      value=found.value,
+      low=found.low,
+      high=found.high,
+      unit=unit,
+      conventions=dict(conventions),
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -143,7 +143,7 @@ def compare(
     interval = bootstrap.interval(
       lambda mean: mean, values[None], config=config
     )
-    return _metric(name, interval, conventions)
+    return results.Metric.of(name, interval, conventions)
 
   def own(m, nll):
     heard = transcription.transcribe(
@@ -161,7 +161,7 @@ def compare(
       np.array([[count.words for count in counts]]),
       config=dataclasses.replace(config, block=1),
     )
-    return (metric(NLL, nll), _metric(WER, rate, conventions))
+    return (metric(NLL, nll), results.Metric.of(WER, rate, conventions))
 
   row = own(model, found.nll)
   if reference is None:
@@ -171,14 +171,4 @@ def compare(
   return (
     results.Row(name=reference.name, metrics=first),
     results.Row(name=model.name, metrics=row + compared),
-  )
-
-
-def _metric(name, interval: bootstrap.Interval, conventions) -> results.Metric:
-  return results.Metric(
-    name=name,
-    value=interval.value,
-    low=interval.low,
-    high=interval.high,
-    conventions=conventions,
   )
