@@ -10,6 +10,7 @@ it, docs/quality.md.
 """
 
 import dataclasses
+import hashlib
 import json
 import os
 import pathlib
@@ -22,6 +23,7 @@ from absl import flags
 
 from benchmarks import claims
 from experiments import cli, results
+from jaxq.io import files
 
 FLAGS = flags.FLAGS
 
@@ -403,8 +405,7 @@ def measure(name: str, arguments: list[str]) -> dict:
 
   That is {'run', 'float', 'row'}, or {'refused'}, why it cannot be.
   """
-  slug = ''.join(c if c.isalnum() else '_' for c in name)
-  output = pathlib.Path(FLAGS.work) / slug
+  output = pathlib.Path(FLAGS.work) / _directory(name, arguments)
   command = [sys.executable, '-m', 'experiments.calibrate', *arguments]
   command.append(f'--output={output}')
   print('$', ' '.join(command), file=sys.stderr, flush=True)
@@ -426,6 +427,13 @@ def measure(name: str, arguments: list[str]) -> dict:
     'float': dataclasses.asdict(dataclasses.replace(reference, name='float')),
     'row': dataclasses.asdict(row),
   }
+
+
+def _directory(name: str, arguments: list[str]) -> str:
+  """Another one for other flags or code, whose run cannot be gone on with."""
+  slug = ''.join(c if c.isalnum() else '_' for c in name)
+  of = json.dumps([files.code_hash(), *arguments])
+  return f'{slug}_{hashlib.sha256(of.encode()).hexdigest()[:8]}'
 
 
 def _call(command: list[str]) -> str:

@@ -73,6 +73,7 @@ LLM_FP4 = (
   *quality.LLM_FP4[2:],
 )
 PTQ161 = ('--method=ptq161', '--set=ptq161.epochs=5')
+PTQ161_LONGER = ('--method=ptq161', '--set=ptq161.epochs=20')
 PTQ161_MEANS = ('--method=ptq161', '--set=ptq161.epochs=0')
 QUANT_EXPERTS = (
   '--method=quant_experts',
@@ -131,6 +132,7 @@ PAPERS = (
   ('W2', 'RTN', quality.DATA_FREE),
   ('W2', 'GPTQ', quality.GPTQ),
   ('W1', 'PTQ1.61', PTQ161),
+  ('W1', 'PTQ1.61, 20 epochs', PTQ161_LONGER),
   ('W1', 'PTQ1.61, nothing learned', PTQ161_MEANS),
   (
     'W1',
@@ -193,6 +195,7 @@ CLAIMS = (
   ('W4A4, LLM-FP4', 'W4A4 static, RTN'),
   ('W1, PTQ1.61', 'W2, GPTQ'),
   ('W1, PTQ1.61', 'W2, RTN'),
+  ('W1, PTQ1.61, 20 epochs', 'W2, GPTQ'),
   ('W1, PTQ1.61', 'W1, PTQ1.61, nothing learned'),
   (
     'W1, PTQ1.61, nothing learned',
@@ -345,4 +348,5 @@ def _row(data: dict, model: str) -> results.Row:
 
 if __name__ == '__main__':
   quality.define_flags('docs/quality_families.json', 'docs/quality_families.md')
+  flags.adopt_module_key_flags(quality)
   cli.run(main)

@@ -139,6 +139,15 @@ class RunTest(absltest.TestCase):
     with self.assertRaisesRegex(ValueError, message):
       quality.run({'W4, RTN': []})
 
+  def test_a_run_of_other_flags_or_code_has_another_directory(self):
+    directory = lambda *flags_: quality._directory('W4, RTN', list(flags_))
+    self.assertRegex(directory('--a'), '^W4__RTN_[0-9a-f]{8}$')
+    self.assertEqual(directory('--a'), directory('--a'))
+    self.assertNotEqual(directory('--a'), directory('--b'))
+    before = directory('--a')
+    with mock.patch.object(quality.files, 'code_hash', return_value='other'):
+      self.assertNotEqual(directory('--a'), before)
+
   def test_an_error_in_one_line_is_a_refusal_and_a_crash_is_not(self):
     say = 'import sys; print("error: x: no.", file=sys.stderr); sys.exit({})'
     call = lambda code: quality._call([sys.executable, '-c', say.format(code)])
