@@ -403,13 +403,18 @@ def _sequences(arguments: Sequence[str]) -> int:
 def measure(name: str, arguments: list[str]) -> dict:
   """One calibration in a fresh process -> what is stored of it.
 
-  That is {'run', 'float', 'row'}, or {'refused'}, why it cannot be.
+  That is {'run', 'float', 'row'}, or {'refused'}, why the method cannot serve.
+
+  Raises:
+    ValueError: it failed for another reason, such as data that is not there.
   """
   output = pathlib.Path(FLAGS.work) / _directory(name, arguments)
   command = [sys.executable, '-m', 'experiments.calibrate', *arguments]
   command.append(f'--output={output}')
   print('$', ' '.join(command), file=sys.stderr, flush=True)
   if refused := _call(command):
+    if refused.partition(':')[0] not in _methods(arguments):
+      raise ValueError(f'{name}: {refused}')
     return {'refused': refused}
   log = pathlib.Path(f'{output}.run')
   result = results.load(log / 'results.json')
@@ -427,6 +432,12 @@ def measure(name: str, arguments: list[str]) -> dict:
     'float': dataclasses.asdict(dataclasses.replace(reference, name='float')),
     'row': dataclasses.asdict(row),
   }
+
+
+def _methods(arguments: Sequence[str]) -> list[str]:
+  """Those of the last --method; its errors begin with one of them."""
+  given = [a for a in arguments if a.startswith('--method=')]
+  return given[-1].partition('=')[2].split(',') if given else []
 
 
 def _directory(name: str, arguments: list[str]) -> str:

@@ -139,6 +139,19 @@ class RunTest(absltest.TestCase):
     with self.assertRaisesRegex(ValueError, message):
       quality.run({'W4, RTN': []})
 
+  def test_only_a_method_refuses(self):
+    measure = lambda *flags_: quality.measure('W4A4, rotation', list(flags_))
+    rotate = '--method=rotate,gptq'
+    with mock.patch.object(quality, '_call', return_value='rotate: no.'):
+      self.assertEqual(measure(rotate), {'refused': 'rotate: no.'})
+      with self.assertRaisesRegex(ValueError, 'W4A4, rotation: rotate: no.'):
+        measure('--method=awq')
+    with (
+      mock.patch.object(quality, '_call', return_value='out/x: no such file.'),
+      self.assertRaisesRegex(ValueError, 'W4A4, rotation: out/x: no such'),
+    ):
+      measure(rotate)
+
   def test_a_run_of_other_flags_or_code_has_another_directory(self):
     directory = lambda *flags_: quality._directory('W4, RTN', list(flags_))
     self.assertRegex(directory('--a'), '^W4__RTN_[0-9a-f]{8}$')
