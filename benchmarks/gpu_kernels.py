@@ -1,5 +1,6 @@
 r"""The Hopper kernels: right, and how fast, beside what users have today.
 
+  python -m benchmarks.gpu_kernels --output_dir=docs
   python -m benchmarks.gpu_kernels --output_dir=docs --only=llama3_70b_up
   python -m benchmarks.gpu_kernels --output_dir=docs --render
 
@@ -11,7 +12,7 @@ sums by XLA count. Beside each stands the floor: the bytes that must move at the
 bandwidth that a copy reaches in the same run, or the multiply-adds at the
 card's peak, whichever is longer. gpu_kernels.json is written after every
 case, so that a run that is cut off keeps what it has; what is stored is
-measured again only with --again.
+measured again only with --again. benchmarks.md is written at the end.
 
 --render measures nothing: it writes benchmarks.md from gpu_kernels.json, or
 says there that nothing was measured yet.
@@ -29,11 +30,12 @@ import jax
 import jax.numpy as jnp
 from absl import flags
 
-from benchmarks import gpu_peers
+from benchmarks import gpu_peers, gpu_row_cases
 from experiments import cli, results
 from pallas_kernels import hopper, planar, rows, targets
 from pallas_kernels.quantized_matmul import api as quantized
 from pallas_kernels.quantized_matmul import arg_specs as quantized_specs
+from pallas_kernels.quantized_matmul import pallas_mosaic_gpu as quantized_gpu
 from pallas_kernels.weight_only_matmul import api as weight_only
 from pallas_kernels.weight_only_matmul import arg_specs as weight_only_specs
 from pallas_kernels.weight_only_matmul import (
@@ -48,9 +50,16 @@ flags.DEFINE_bool('again', False, 'Measure cases that are stored, too.')
 flags.DEFINE_bool('render', False, 'Write the page and measure nothing.')
 
 KERNEL = 'pallas_mosaic_gpu'
+_OURS = (KERNEL, 'fused', 'apart', 'xla', 'float')
 MOST_ERROR = 4e-3  # Of bfloat16 outputs, as a ratio of norms.
 _L2 = 50e6
 _PEAK = {'bfloat16': 989e12, 'int8': 1979e12, 'float8_e4m3fn': 1979e12}
+_OPS = {
+  'weight_only': 'weight_only_matmul',
+  'quantized': 'quantized_matmul',
+  'norm': 'norm_quantize',
+  'hadamard': 'hadamard_quantize',
+}
 _HEAD = """# Kernels on a GPU
 
 Written by `python -m benchmarks.gpu_kernels --render`; do not edit.
@@ -61,7 +70,6 @@ form: their tests lower them for CUDA and run them in Pallas's GPU interpreter,
 which measures no time. On an H100 or H200,
 
     python -m benchmarks.gpu_kernels --output_dir=docs
-    python -m benchmarks.gpu_kernels --output_dir=docs --render
 
 checks every kernel against its base, times it beside its peers, and puts the
 table here.
@@ -71,8 +79,9 @@ _MEASURED = """
 inputs random and larger than the L2; padding, quantization and sums by XLA
 included. `floor us`: the bytes that must move at the copy bandwidth of the same
 run, {bandwidth:.2f} TB/s, or the multiply-adds at the card's peak, whichever is
-longer. `of floor`: floor / time. `error`: of the kernel against float32, as a
-ratio of norms. Losses are in the table.
+longer. `of floor`: floor / time. `error`: of the kernel against float32 (of
+codes: against those of its base, times scales), as a ratio of norms. Losses are
+in the table.
 """
 
 
@@ -87,7 +96,9 @@ class Case:
     kind: dtype of the products: a key of _PEAK.
     draw: key -> the weights of one set, in the forms that `forms` take.
     forms: name -> function of x and a set.
-    reference: x and a set -> (M, N) float32.
+    reference: x and a set -> what `values` makes (M, N) of.
+    values: what a form gives -> (M, N), for its error.
+    rotated: bytes of a set; 0: all but x and y.
   """
 
   name: str
@@ -98,7 +109,9 @@ class Case:
   kind: str
   draw: Callable[[jax.Array], dict[str, Any]]
   forms: dict[str, Callable[[jax.Array, dict[str, Any]], jax.Array]]
-  reference: Callable[[jax.Array, dict[str, Any]], jax.Array]
+  reference: Callable[[jax.Array, dict[str, Any]], Any]
+  values: Callable[[Any], jax.Array] = lambda y: y
+  rotated: int = 0
 
   def floor_us(self, bandwidth: float) -> float:
     """The longer of bytes and multiply-adds."""
@@ -121,6 +134,7 @@ def main(argv: Sequence[str]) -> int | None:
     )
     return 1
   result = measure(path, None if FLAGS.again else stored)
+  results.write_text(folder / 'benchmarks.md', page(result))
   print(results.to_markdown(result.rows))
   late = slow_choices(result.rows)
   print('\n'.join(late) or 'no choice is 10 % slower than the best form')
@@ -153,10 +167,10 @@ def row_of(case: Case, bandwidth: float) -> results.Row:
   x = jax.random.normal(key_x, (case.M, case.K), jnp.bfloat16)
   sets = [jax.jit(case.draw)(key) for key in keys]
   with jax.default_matmul_precision('highest'):
-    want = case.reference(x, sets[0]).astype(jnp.float32)
+    want = case.values(case.reference(x, sets[0])).astype(jnp.float32)
   # Where the kernel does not serve, the error is that of the choice.
   ours = KERNEL if KERNEL in case.forms else 'chosen'
-  got = case.forms[ours](x, sets[0]).astype(jnp.float32)
+  got = case.values(case.forms[ours](x, sets[0])).astype(jnp.float32)
   error = jnp.linalg.norm(got - want) / jnp.linalg.norm(want)
   del want, got
   floor = case.floor_us(bandwidth)
@@ -208,7 +222,7 @@ def slow_choices(rows: Sequence[results.Row]) -> list[str]:
   late = []
   for row in rows:
     times = {m.name: m.value for m in row.metrics if m.unit == 'us'}
-    ours = [times[k] for k in (KERNEL, 'xla', 'float') if k in times]
+    ours = [times[k] for k in _OURS if k in times]
     best = min((t for t in ours if t == t), default=math.inf)  # Not nan.
     if 'chosen' in times and times['chosen'] > 1.1 * best:
       late.append(
@@ -229,10 +243,10 @@ def page(result: results.Result | None) -> str:
     bandwidth=bandwidth,
   )
   parts = [_HEAD, text]
-  for op in ('weight_only', 'quantized'):
+  for op, title in _OPS.items():
     mine = [r for r in result.rows if r.name.startswith(f'{op}/')]
     if mine:
-      parts += [f'\n## {op}_matmul\n\n', results.to_markdown(mine)]
+      parts += [f'\n## {title}\n\n', results.to_markdown(mine)]
   return ''.join(parts)
 
 
@@ -242,9 +256,11 @@ def cases(only: str) -> Iterator[Case]:
     if spec.bits > 1 and only in f'weight_only/{spec.name}':
       yield weight_only_case(spec)
   for wide in quantized_specs.SPECS.values():
-    served = wide.bits == 8 and wide.group_size < 0
-    if served and only in f'quantized/{wide.name}':
+    if only in f'quantized/{wide.name}':
       yield quantized_case(wide)
+  for made in gpu_row_cases.cases():
+    if only in made['name']:
+      yield Case(**made)
 
 
 def weight_only_case(spec: weight_only_specs.ArgSpec) -> Case:
@@ -317,17 +333,27 @@ def weight_only_case(spec: weight_only_specs.ArgSpec) -> Case:
 
 
 def quantized_case(spec: quantized_specs.ArgSpec) -> Case:
-  """8-bit weights, int8 or fp8: stored, and packed along K."""
-  layout = planar.Planar(bits=8, K=spec.K)
+  """Weights of 8 bits, int8 or fp8, as rows; of 4 bits as words."""
+  bits, G = spec.bits, spec.group_size
+  layout = planar.Planar(bits=bits, K=spec.K, group_size=G)
+  groups = 1 if G < 0 else spec.K // G
   call = functools.partial(
-    quantized.quantized_matmul, bits=8, x_format=spec.x_format
+    quantized.quantized_matmul,
+    bits=bits,
+    group_size=G,
+    x_format=spec.x_format,
   )
 
   def draw(key):
-    w = _codes_and_scale(key, spec.K, 1, spec.N)
+    w = _codes_and_scale(key, spec.K * bits // 8, groups, spec.N)
     drawn = jax.random.normal(key, (spec.K, spec.N), jnp.float32) * 40.0
-    w['q'] = rows.encode(drawn, spec.x_format)
-    w['packed'] = hopper.pack_rows(w['q'], layout)
+    if bits == 8:
+      w['q'] = rows.encode(drawn, spec.x_format)
+      w['packed'] = hopper.pack_rows(w['q'], layout)
+    else:
+      w['packed'] = hopper.pack_words(w['q'], layout)
+    if G < 0:  # For XLA, along K and as wide as it multiplies.
+      w['rows'] = hopper.pack_rows(w['q'], layout).reshape(spec.N, spec.K)
     w['float'] = drawn.astype(jnp.bfloat16)
     return w
 
@@ -336,23 +362,38 @@ def quantized_case(spec: quantized_specs.ArgSpec) -> Case:
       x, w['packed' if packed else 'q'], w['scale'], implementation=name
     )
 
+  def few(x, w, fused):
+    block = quantized_gpu.pick_few_block(spec.M, spec.N, layout, fused=fused)
+    return call(x, w['packed'], w['scale'], implementation=KERNEL, block=block)
+
+  forms: dict[str, Any] = {'chosen': form(None, True)}
+  if G < 0 or spec.M <= quantized_gpu.MOST_ROWS:
+    forms[KERNEL] = form(KERNEL, True)
+  if spec.M <= quantized_gpu.MOST_ROWS:  # x quantized there, and before.
+    forms |= {
+      name: functools.partial(few, fused=name == 'fused')
+      for name in ('fused', 'apart')
+    }
+  forms['float'] = form('float', False)
+  if G < 0:
+    forms['xla chain'] = lambda x, w: gpu_peers.quantized_chain(
+      x, w['rows'], w['scale'], spec.x_format
+    )
+  if bits == 4 and weight_only_gpu.most_rows(bits) >= spec.M:
+    forms['weight only'] = lambda x, w: weight_only.weight_only_matmul(
+      x, w['packed'], w['scale'], bits=bits, group_size=G
+    )
+  forms['bf16'] = lambda x, w: gpu_peers.bfloat16_matmul(x, w['float'])
+  moved = spec.K * spec.N * bits // 8 + 2 * groups * spec.N
   return Case(
     name=f'quantized/{spec.name}',
     M=spec.M,
     K=spec.K,
     N=spec.N,
-    nbytes=spec.K * spec.N + 4 * spec.N + 2 * spec.M * (spec.K + spec.N),
-    kind=spec.x_format,
+    nbytes=moved + 2 * spec.M * (spec.K + spec.N),
+    kind='int8' if spec.x_format == 'int4' else spec.x_format,
     draw=draw,
-    forms={
-      'chosen': form(None, True),
-      KERNEL: form(KERNEL, True),
-      'float': form('float', False),
-      'xla chain': lambda x, w: gpu_peers.quantized_chain(
-        x, w['packed'].reshape(spec.N, spec.K), w['scale'], spec.x_format
-      ),
-      'bf16': lambda x, w: gpu_peers.bfloat16_matmul(x, w['float']),
-    },
+    forms=forms,
     reference=lambda x, w: call(
       x, w['q'], w['scale'], implementation='xla', out_dtype=jnp.float32
     ),
@@ -367,7 +408,8 @@ def _codes_and_scale(key, stored_rows, groups, N):
 
 def _sets(case):
   """Sets of weights that fill the L2 three times; at least three."""
-  weight = max(case.nbytes - 2 * case.M * (case.K + case.N), 1)
+  weight = case.rotated or case.nbytes - 2 * case.M * (case.K + case.N)
+  weight = max(weight, 1)
   return max(3, min(48, -(-int(3 * _L2) // weight)))
 
 

@@ -39,6 +39,12 @@ def quantized_chain(
   return y.astype(jnp.bfloat16)
 
 
+def stored_then_quantized(y: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """y (M, K) float32, stored in bfloat16 -> int8 codes, scale (M, 1)."""
+  stored = jax.lax.optimization_barrier(y.astype(jnp.bfloat16))
+  return rows.quantize(stored, 'int8')
+
+
 class TorchForm:
   """A form that torch runs; it is timed with torch's own events."""
 

@@ -18,12 +18,24 @@ QUERY_AWARE = ('fastv, layer 1', 'fastv, layer 2', 'sparsevlm, layer 1')
 BLIND = ('tome', 'visionzip', 'prumerge', 'prumerge_plus', 'vqtoken_codes')
 PEAKS = 'density peaks'
 BUDGETS = (0.5, 0.25, 0.15, 0.1, 0.05)
+# Rows that a check is about.
+OWN_NUMBER = ('prumerge, own number', 'prumerge_plus, own number')
+SHARE = "qtsplus, another question's share"
+HEAVY = 'qtsplus, losses on the share x 10'
+MLP = 'tokenflex, MLP'
+ALIVE = 'embedlens, as many alive dropped'
+CODES = 'vqtoken_codes, decoder trained'
+IN_SEQUENCE = 'vqtoken, in sequence'
+SHUFFLED = 'vqtoken, in sequence, map shuffled'
+SEQUENCE_CODES = 'vqtoken_codes, in sequence, decoder trained'
+# A count that TokenFLEX was not trained with, 9 of 16 a frame, and the largest.
+FLEX_BUDGETS = (0.5625, 1.0)
 
 
 def lines(rows: Rows) -> list[str]:
   """All of them, as far as their rows are there."""
   found = [*_untrained(rows)]
-  for of in (_qtsplus, _cacovid, _tokenflex, _embedlens, _vqtoken):
+  for of in (_qtsplus, _cacovid, _tokenflex, _embedlens, _vqtoken, _decoder):
     found += of(rows)
   return [f'- {line}' for line in found]
 
@@ -144,6 +156,14 @@ def _qtsplus(rows: Rows) -> list[str]:
       f'qtsplus left to itself against uniform at {ratio:.0%}: {gain:+.1%} '
       f'points, of at least +5.0%: {_verdict(gain >= 0.05)}.'
     )
+  out += _beats(rows, 'qtsplus', SHARE, BUDGETS[0], 0.05)
+  heavy = find(rows, HEAVY, BUDGETS[0])
+  if heavy:
+    less, more = value(heavy, 'tokens'), value(row, 'tokens')
+    out.append(
+      f'Losses on the share ten times as heavy leave fewer tokens: {less:.1f} '
+      f'of {more:.1f}, {_verdict(less < more)}.'
+    )
   tokens = row.get('tokens by kind', {})
   if {'presence', 'cell'} <= set(tokens):
     presence, cell = tokens['presence'], tokens['cell']
@@ -179,6 +199,31 @@ def _tokenflex(rows: Rows) -> list[str]:
       'A model of all patches alone, pooled to 4 a frame, loses at least 10 '
       f'points: {drop:.1%}, {_verdict(drop >= 0.1)}.'
     )
+  own, fewer = (
+    find(rows, 'tokenflex, 4 a frame only', b) for b in (0.25, 0.05)
+  )
+  if own and fewer:
+    drop = value(own, 'accuracy') - value(fewer, 'accuracy')
+    out.append(
+      'A model of 4 a frame alone, asked for 1, loses at least 10 points: '
+      f'{drop:.1%}, {_verdict(drop >= 0.1)}.'
+    )
+  few, new, all_ = (find(rows, 'tokenflex', b) for b in (0.25, *FLEX_BUDGETS))
+  if few and new and all_:
+    low, between, high = (value(r, 'accuracy') for r in (few, new, all_))
+    met = min(low, high) <= between <= max(low, high)
+    out.append(
+      'tokenflex at 9 a frame, which it was not trained with, is between 4 and '
+      f'16: {low:.1%}, {between:.1%}, {high:.1%}, {_verdict(met)}.'
+    )
+  pairs = [_gain(rows, 'tokenflex', MLP, b) for b in (0.25, 0.05)]
+  gains = [gain for gain in pairs if gain is not None]
+  if gains:
+    mean = sum(gains) / len(gains)
+    out.append(
+      f'SwiGLU against an MLP of as many parameters, mean over counts: '
+      f'{mean:+.1%} points, of at least +0.0%: {_verdict(mean >= 0)}.'
+    )
   return out
 
 
@@ -190,11 +235,31 @@ def _embedlens(rows: Rows) -> list[str]:
   recall = value(row, 'evidence recall')
   lost = value(full, 'accuracy') - value(row, 'accuracy')
   share = value(row, 'tokens') / value(full, 'tokens')
-  return [
+  out = [
     f'embedlens keeps at least 95 % of the evidence: {recall:.1%} in '
     f'{share:.1%} of the tokens, {_verdict(recall >= 0.95)}; '
     f'and loses at most 1 point: {lost:.1%}, {_verdict(lost <= 0.01)}.'
   ]
+  alive = find(rows, ALIVE, BUDGETS[0])
+  if alive:
+    more = value(full, 'accuracy') - value(alive, 'accuracy')
+    out.append(
+      'Dropping as many alive tokens, as far as there are, loses at least 3 '
+      f'points more: {more - lost:+.1%}, {_verdict(more - lost >= 0.03)}.'
+    )
+  probe = row.get('probe')
+  if probe:
+    nearest, chance = probe['nearest'], probe['chance']
+    out += [
+      'embedlens tells noise from digits by their nearest words: it drops '
+      f'{probe["noise dropped"]:.1%} of the cells of noise and '
+      f'{probe["digits dropped"]:.1%} of the digits, AUC {probe["auc"]:.3f}, '
+      f'of at least 0.900: {_verdict(probe["auc"] >= 0.9)}.',
+      "The nearest words mean something: mean cosine of a token's nearest "
+      f'{nearest:.3f}, above the 95th percentile of random vectors '
+      f'{chance:.3f}: {_verdict(nearest > chance)}.',
+    ]
+  return out
 
 
 def _vqtoken(rows: Rows) -> list[str]:
@@ -202,9 +267,22 @@ def _vqtoken(rows: Rows) -> list[str]:
   out = []
   for metric in ('cell', 'order'):
     out += _beats(rows, 'vqtoken', CODES, 0.25, 0.1, metric)
+  for metric in ('cell', 'order'):
+    out += _beats(rows, IN_SEQUENCE, SEQUENCE_CODES, 0.25, 0.1, metric)
+  gap = _gain(rows, SHUFFLED, SEQUENCE_CODES, 0.25)
+  if gap is not None:
+    out.append(
+      f'{SHUFFLED} is at most as good as {SEQUENCE_CODES} at 25%: {gap:+.1%} '
+      f'points, {_verdict(gap <= 0.01)}.'
+    )
   for than in ('tome, decoder trained', 'random, decoder trained'):
     out += _beats(rows, 'vqtoken', than, 0.25, 0.05)
   return out
 
 
-CODES = 'vqtoken_codes, decoder trained'
+def _decoder(rows: Rows) -> list[str]:
+  """More evidence is worth more, where the decoder is used to few tokens."""
+  name, than = 'visionzip, decoder trained', 'random, decoder trained'
+  return [
+    line for ratio in (0.25, 0.1) for line in _beats(rows, name, than, ratio, 0)
+  ]

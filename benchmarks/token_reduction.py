@@ -4,24 +4,24 @@
   python -m benchmarks.token_reduction --model=FOLDER
 
 MosaicQA first (experiments.token_reduction), then merging and pruning
-inside pretrained encoders (benchmarks.encoder_reduction). Rows that are stored
+inside pretrained encoders (benchmarks.encoder_reduction), and what real videos
+repeat (benchmarks.video_reduction). Rows that are stored
 for this model and setting are not run again (`--rerun` does), so the command
 can be interrupted, and a new reducer costs its own rows. Writes
 docs/token_reduction.json and, from it, docs/token_reduction.md.
 
 Most reducers are put into the model as they are: their rows show what a method
 chooses, not what a model can learn to do with it. Those whose method is a
-training are read from --reducers, a folder with one of
-experiments.train_reducer for each of TRAINED:
+training, and what they are compared with, are read from --reducers, a folder
+with one of experiments.train_reducer for each of benchmarks.reduction_rows:
 
-  for name in qtsplus cacovid tokenflex tokenflex_4 tokenflex_1 embedlens \
-      vqtoken vqtoken_codes tome random; do
-    python -m experiments.train_reducer --model=FOLDER --output=ROOT/$name \
-      --flagfile=experiments/flags/mosaicqa_$name.flags
-  done
-  python -m benchmarks.token_reduction --model=FOLDER --reducers=ROOT
+  python -m benchmarks.token_reduction --model=FOLDER --reducers=ROOT \
+      --train_missing
 
-Rows of reducers that are not there are left out.
+trains those that are not there, each by experiments/flags/mosaicqa_NAME.flags
+(half an hour on a CPU core for all). Without --train_missing their rows are
+left out. Why some reducers keep more of the evidence and answer fewer questions
+is what benchmarks.token_reduction_sinks shows.
 """
 
 import dataclasses
@@ -31,21 +31,18 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
 from absl import flags
 
-from benchmarks import encoder_reduction
+from benchmarks import encoder_reduction, video_reduction
 from benchmarks import reduction_checks as checks
+from benchmarks import reduction_rows as rows_lib
 from experiments import (
   cli,
   mosaic_evaluation,
   results,
   token_reduction,
   training,
-  training_files,
 )
-from jaxq.data import mosaic
-from jaxq.tokens import cacovid, interface, registry
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string('model', None, 'Folder of experiments.train.')
@@ -55,100 +52,22 @@ flags.DEFINE_string(
 flags.DEFINE_string('store', 'docs/token_reduction.json', 'The stored results.')
 flags.DEFINE_string('page', 'docs/token_reduction.md', 'The page from them.')
 flags.DEFINE_list('only', [], 'Methods to run; default all.')
-flags.DEFINE_list('parts', ['mosaicqa', 'vit', 'whisper'], 'Parts to run.')
+flags.DEFINE_list(
+  'parts', ['mosaicqa', 'vit', 'whisper', 'video'], 'Parts to run.'
+)
 flags.DEFINE_integer('videos', 128, 'Test videos of each seed.', lower_bound=1)
 flags.DEFINE_integer('seeds', 3, 'Of videos and of what draws.', lower_bound=1)
 flags.DEFINE_bool('rerun', False, 'Run rows that are stored already.')
+flags.DEFINE_bool(
+  'train_missing', False, 'Train the reducers that are not in --reducers.'
+)
 
 BUDGETS = checks.BUDGETS
-ORACLE = 'quota, oracle frames'
-# Row: its folder in --reducers, and fields of the reducer that are other there.
-TRAINED: Mapping[str, tuple[str, Mapping[str, Any]]] = {
-  'qtsplus': ('qtsplus', {}),
-  'cacovid': ('cacovid', {}),
-  'cacovid, policy alone': ('cacovid', {'importance': 1.0}),
-  'tokenflex': ('tokenflex', {}),
-  'tokenflex, 4 a frame only': ('tokenflex_4', {}),
-  'tokenflex, 1 a frame only': ('tokenflex_1', {}),
-  'embedlens': ('embedlens', {}),
-  'vqtoken': ('vqtoken', {'codes': 0}),
-  checks.CODES: ('vqtoken_codes', {'codes': 0}),
-  'tome, decoder trained': ('tome', {}),
-  'random, decoder trained': ('random', {}),
-}
+METHODS = rows_lib.METHODS
 _ALL = checks.ALL
 _KINDS = ('cell', 'presence', 'count', 'order')
 
 Store = dict[str, dict[str, Any]]
-
-
-def method(
-  name: str, ratio: float, trained: training.Trained
-) -> token_reduction.Method | None:
-  """A row's method at a budget; None where it cannot be had."""
-  if name in TRAINED:
-    return _trained_method(name, ratio, trained)
-  n = trained.model.num_visual
-  K = interface.budget_from_ratio(n, ratio).k_max
-  reducer, _, place = name.partition(', ')
-  if name == checks.PEAKS:
-    peaks = cacovid.CaCoVIDConfig(
-      budget=ratio, scorer='given', importance=1.0, cap=1.0
-    )
-    return token_reduction.Method(config=peaks, scores='peaks')
-  config = dataclasses.replace(registry.REDUCERS[reducer], budget=ratio)
-  fields: dict[str, Any] = {}
-  if reducer == 'visionzip':  # A sixth of the budget, as 10 of 64.
-    fields = {'contextual': K // 6, 'merge': 'mean'}
-  elif reducer.startswith('prumerge'):
-    fields = {'adaptive': False, 'neighbours': max(1, n // 18)}  # 32 of 576.
-  elif reducer == 'vqtoken_codes':
-    fields = {'codebook_of': 'raw', 'codes': K}
-  elif reducer == 'dycoke' and ratio < 0.25:
-    return None  # One frame of four stays whole.
-  elif reducer == 'average_pool' and ratio != 0.25:
-    return None  # Windows of 2 x 2.
-  elif reducer in ('fastv', 'sparsevlm'):
-    layer = int(place.removeprefix('layer '))
-    return token_reduction.Method(config=config, layer=layer)
-  elif name == ORACLE:
-    return token_reduction.Method(config=config, scores='evidence')
-  return token_reduction.Method(config=dataclasses.replace(config, **fields))
-
-
-def _trained_method(
-  name: str, ratio: float, trained: training.Trained
-) -> token_reduction.Method | None:
-  """A row of TRAINED; None where --reducers has it not."""
-  folder, fields = _folder_of(name), TRAINED[name][1]
-  if folder is None:
-    return None
-  found = token_reduction.parse(str(folder), trained)
-  config: Any = found.config
-  config = dataclasses.replace(config, budget=ratio, **fields)
-  return dataclasses.replace(found, config=config)
-
-
-def _folder_of(name: str) -> pathlib.Path | None:
-  """Where the reducer of a row of TRAINED is, if it is there."""
-  if FLAGS.reducers is None or name not in TRAINED:
-    return None
-  folder = pathlib.Path(FLAGS.reducers) / TRAINED[name][0]
-  return folder if training_files.is_complete(folder) else None
-
-
-METHODS = (
-  *checks.CONTROLS,
-  checks.PEAKS,
-  'average_pool',
-  'adaptive_pool',
-  'bilinear_pool',
-  *checks.BLIND,
-  'dycoke',
-  *checks.QUERY_AWARE,
-  ORACLE,
-  *TRAINED,
-)
 
 
 def main(argv: Sequence[str]) -> None:
@@ -164,9 +83,14 @@ def main(argv: Sequence[str]) -> None:
     results.write_text(store_path, json.dumps(store, indent=1) + '\n')
     results.write_text(FLAGS.page, page(store))
 
-  def wanted(key: str, how: Mapping[str, Any] | None = None) -> bool:
-    # A reducer that was trained in another way is another row.
-    return FLAGS.rerun or key not in store or store[key].get('trained') != how
+  def wanted(
+    key: str,
+    how: Mapping[str, Any] | None = None,
+    conventions: Mapping[str, Any] | None = None,
+  ) -> bool:
+    if FLAGS.rerun or key not in store:
+      return True
+    return rows_lib.differs(store[key], how, conventions)
 
   if 'mosaicqa' in FLAGS.parts:
     if FLAGS.model is None:
@@ -174,10 +98,16 @@ def main(argv: Sequence[str]) -> None:
         '--model not given; the MosaicQA rows need a folder of '
         'experiments.train. Train one, or leave mosaicqa out of --parts.'
       )
-    _mosaicqa(training.load(FLAGS.model), wanted, keep)
+    trained = training.load(FLAGS.model, 'video')
+    if FLAGS.train_missing:
+      methods = FLAGS.only or METHODS
+      rows_lib.train_missing(FLAGS.model, FLAGS.reducers, methods)
+    _mosaicqa(trained, wanted, keep)
   for part, run in encoder_reduction.PARTS.items():
     if part in FLAGS.parts:
       run(wanted, keep)
+  if video_reduction.PART in FLAGS.parts:
+    video_reduction.run(wanted, keep)
   results.write_text(FLAGS.page, page(store))
   print(f'{len(store)} rows: {store_path}, {FLAGS.page}')
 
@@ -199,37 +129,33 @@ def _mosaicqa(trained: training.Trained, wanted, keep) -> None:
   for label in (_ALL, *METHODS):
     if FLAGS.only and label not in (_ALL, *FLAGS.only):
       continue
-    for ratio in (1.0,) if label == _ALL else BUDGETS:
+    for ratio in (1.0,) if label == _ALL else rows_lib.budgets(label):
       key = f'MosaicQA {name}, {label}, {ratio:g}'
-      used = None if label == _ALL else method(label, ratio, trained)
-      if used is None and label != _ALL:
-        continue
-      folder = _folder_of(label)
+      used = None
+      if label != _ALL:
+        used = rows_lib.method(label, ratio, trained, FLAGS.reducers)
+        if used is None:
+          continue
+      folder = rows_lib.folder_of(label, FLAGS.reducers)
       how = None if folder is None else checks.how_trained(folder)
-      if not wanted(key, how):
+      if not wanted(key, how, conventions):
         continue
       measured = token_reduction.measure(trained, used, encoded)
       row = token_reduction.row(label, trained, used, measured, conventions)
-      by_seed = np.split(measured.right, FLAGS.seeds)
       stored = {
         'part': 'MosaicQA',
         'method': label,
         'budget': ratio,
-        'accuracy by seed': [float(right.mean()) for right in by_seed],
-        'tokens by kind': _tokens_by_kind(measured),
+        'accuracy by seed': rows_lib.by_seed(measured.right, FLAGS.seeds),
+        'tokens by kind': rows_lib.tokens_by_kind(measured),
         **dataclasses.asdict(row),
       }
+      if label == 'embedlens':
+        stored['probe'] = rows_lib.probed(
+          used, trained, encoded, FLAGS.videos, FLAGS.seeds
+        )
       keep(key, stored | ({'trained': how} if how else {}))
       print(f'{key}: {row["accuracy"].value:.3f}', file=sys.stderr, flush=True)
-
-
-def _tokens_by_kind(measured: token_reduction.Measured) -> dict[str, float]:
-  """Mean slots in use, by kind of question."""
-  return {
-    kind: float(measured.tokens[measured.kinds == i].mean())
-    for i, kind in enumerate(mosaic.KINDS)
-    if (measured.kinds == i).any()
-  }
 
 
 def page(store: Store) -> str:
@@ -240,12 +166,13 @@ def page(store: Store) -> str:
     parts += ['', '## MosaicQA', '', *_preamble(rows)]
     for ratio in BUDGETS:
       parts += ['', f'### {ratio:.0%} of the tokens', '', _table(rows, ratio)]
-    parts += ['', '### What was expected', '', *checks.lines(rows)]
+    parts += ['', '### What was expected', '', _WHY, '', *checks.lines(rows)]
     parts += _how_trained(rows)
-  parts += ['', encoder_reduction.page(store)]
+  parts += ['', encoder_reduction.page(store), video_reduction.page(store)]
   return '\n'.join(parts).rstrip() + '\n'
 
 
+_WHY = 'Why, where it was not as expected, is in [notes.md](notes.md).'
 _PREFACE = """\
 Made by `python -m benchmarks.token_reduction`; do not edit. A reducer is put
 into a model that was trained with all tokens. Rows of reducers whose method is

@@ -64,6 +64,9 @@ _RATE = flags.DEFINE_float(
 _WARMUP = flags.DEFINE_float(
   'warmup', _DEFAULTS.warmup, 'Share of the updates before the peak.'
 )
+_MAX_NORM = flags.DEFINE_float(
+  'max_norm', _DEFAULTS.max_norm, 'Longest gradient of an update.'
+)
 _SEED = flags.DEFINE_integer('seed', _DEFAULTS.seed, 'Of start and dropout.')
 
 
@@ -80,6 +83,7 @@ def main(argv: Sequence[str]) -> None:
     accumulate=_ACCUMULATE.value,
     learning_rate=_RATE.value,
     warmup=_WARMUP.value,
+    max_norm=_MAX_NORM.value,
     seed=_SEED.value,
   )
   opened = models.open_model(_MODEL.value)

@@ -20,7 +20,7 @@ from jax.sharding import Mesh
 
 from jaxq.io import checkpoint, sources
 from jaxq.io import lazy as lazy_lib
-from jaxq.nn import blocks, taps
+from jaxq.nn import blocks, kernel_packing, taps
 from jaxq.parallel import mesh as mesh_lib
 from models import decoder, encoder, vit, whisper
 from models import family as family_lib
@@ -208,7 +208,7 @@ def open_model(source: str, lazy: bool = False) -> OpenModel:
 def load(
   source: str, dtype: str = 'float32', mesh: Mesh | None = None
 ) -> Model:
-  """Loads a whole model.
+  """Loads a whole model; on a Hopper GPU, packed for its kernels.
 
   Args:
     source: a packaged name, .gguf file, Hugging Face or jaxq directory.
@@ -228,7 +228,10 @@ def load(
   parts = [opened.block_variables(i) for i in range(opened.num_blocks)]
   kinds = [opened.block_at(i) for i in range(opened.num_blocks)]
   stack: Any = jnp.stack
-  if mesh is not None:  # Nothing is stacked but the shards of each device.
+  if mesh is None:  # On a mesh XLA's products serve, of weights as stored.
+    outside = _packed({'params': outside})['params']
+    parts = [_packed(part) for part in parts]
+  else:  # Nothing is stacked but the shards of each device.
     outside, stack = jax.tree.map(lazy_lib.of, outside), lazy_lib.stack
   variables, runs = decoder.stack(outside, parts, kinds, stack)
   variables = {
@@ -249,15 +252,30 @@ def load(
   )
 
 
+def _packed(variables: Params) -> Params:
+  """For the kernels of a Hopper GPU, if it is one; then on the host."""
+  if kernel_packing.why_not():
+    return variables
+  return jax.device_get(kernel_packing.pack(variables))
+
+
 def cast(params: Params, dtype: str) -> Params:
-  """Casts the plain float arrays of a parameter tree; QArrays are left."""
+  """Casts the plain float arrays of a parameter tree.
+
+  QArrays are left, and so is what norms hold: it is little, they compute in
+  float32, and the steps of static inputs that were moved into them
+  (jaxq.quant.mergequant) would lose bits that the codes were made with.
+  """
   out: dict[str, Any] = {}
   for path, leaf in taps.leaves(params):
+    of_norm = '/' in path and path.split('/')[-2].endswith('norm')
     if isinstance(leaf, jax.Array | np.ndarray):
-      floating = jnp.issubdtype(leaf.dtype, jnp.floating)
+      floating = jnp.issubdtype(leaf.dtype, jnp.floating) and not of_norm
       leaf = jnp.asarray(leaf, dtype if floating else leaf.dtype)
-    elif isinstance(leaf, lazy_lib.LazyArray) and jnp.issubdtype(
-      leaf.dtype, jnp.floating
+    elif (
+      isinstance(leaf, lazy_lib.LazyArray)
+      and jnp.issubdtype(leaf.dtype, jnp.floating)
+      and not of_norm
     ):
       leaf = lazy_lib.astype(leaf, jnp.dtype(dtype))
     out = taps.set_path(out, path, leaf)

@@ -28,7 +28,7 @@ CHIPS = ('h100', 'h200')
 SMS = 132
 SMEM_BYTES = 232448  # Of a block of threads.
 MEMORY_REGISTERS = 40  # Of a thread that only starts copies.
-_ROWS = 64  # Of a wgmma.
+COLUMNS = 64  # Of a weight: the rows of a wgmma, to which it is turned.
 _WORDS = 16  # Of a column in a tile.
 _HALF_WORD = 16
 
@@ -42,16 +42,20 @@ def why_not(chip: str) -> str:
   return ''
 
 
-def compute_registers(warpgroups: int) -> int:
-  """Registers of a compute thread beside one warpgroup that starts copies.
+def start_registers(warpgroups: int) -> int:
+  """Registers of a thread as a block of one warpgroup more starts."""
+  return 65536 // (128 * (warpgroups + 1)) // 8 * 8
+
+
+def compute_registers(warpgroups: int, memory: int = MEMORY_REGISTERS) -> int:
+  """Registers of a compute thread beside one warpgroup that has `memory`.
 
   A block of T threads starts with 65536 / T registers each, rounded down to
   eights. What its warpgroups then ask for may not be more in sum: the hardware
   would wait for registers for ever.
   """
-  threads = 128 * (warpgroups + 1)
-  budget = 65536 // threads // 8 * 8 * (warpgroups + 1)
-  each = (budget - MEMORY_REGISTERS) // warpgroups // 8 * 8
+  budget = start_registers(warpgroups) * (warpgroups + 1)
+  each = (budget - memory) // warpgroups // 8 * 8
   return min(each, 232)
 
 
@@ -73,10 +77,10 @@ def pack_words(qvalue: jax.Array, layout: planar.Planar) -> jax.Array:
     raise NotImplementedError(
       'hopper.pack_words: bits=1; allowed [2, 4, 8]. Use the xla form.'
     )
-  if N % _ROWS or K % kt:
+  if N % COLUMNS or K % kt:
     raise ValueError(
       f'hopper.pack_words: K={K}, N={N} at bits={b}; K must be a multiple of '
-      f'{kt} and N of {_ROWS}. Pad the weight.'
+      f'{kt} and N of {COLUMNS}. Pad the weight.'
     )
   codes = planar.unpack(qvalue, layout).astype(jnp.int32)
   if b < 8:
@@ -86,11 +90,11 @@ def pack_words(qvalue: jax.Array, layout: planar.Planar) -> jax.Array:
   fields = jax.lax.bitcast_convert_type(codes & (2**b - 1), jnp.uint32)
   P = _HALF_WORD // b
   # Column tile, column, row tile; then v, j, t, h.
-  fields = fields.T.reshape(N // _ROWS, _ROWS, K // kt, 4, P, 4, 2)
+  fields = fields.T.reshape(N // COLUMNS, COLUMNS, K // kt, 4, P, 4, 2)
   fields = fields.transpose(0, 2, 1, 5, 3, 6, 4)  # ..., t, v, h, j
   shifts = _shifts(b)[None, None, None, None, None]
   words = jnp.sum(fields << shifts, axis=(-2, -1), dtype=jnp.uint32)
-  words = words.reshape(N // _ROWS, K // kt, _ROWS, _WORDS)
+  words = words.reshape(N // COLUMNS, K // kt, COLUMNS, _WORDS)
   return jax.lax.bitcast_convert_type(words, jnp.int32)
 
 
@@ -101,14 +105,14 @@ def unpack_words(words: jax.Array, bits: int, signed: bool) -> jax.Array:
   """
   P = _HALF_WORD // bits
   lead = words.shape[:-2]
-  fields = words.reshape(*lead, _ROWS, 4, 4, 1, 1)  # t, v
+  fields = words.reshape(*lead, COLUMNS, 4, 4, 1, 1)  # t, v
   shifts = (
     _shifts(bits).astype(jnp.int32).reshape((1,) * (len(lead) + 3) + (2, P))
   )
   codes = (fields >> shifts) & (2**bits - 1)  # (..., 64, t, v, h, j)
   at = len(lead) + 1
   order = (*range(at), at + 1, at + 3, at, at + 2)  # ..., v, j, t, h
-  codes = codes.transpose(order).reshape(*lead, _ROWS, tile_rows(bits))
+  codes = codes.transpose(order).reshape(*lead, COLUMNS, tile_rows(bits))
   if bits == 8:
     codes = (codes ^ 128) - 128  # Two's complement.
     return codes if signed else codes + 128
@@ -124,13 +128,32 @@ def pack_rows(qvalue: jax.Array, layout: planar.Planar) -> jax.Array:
     ValueError: N that 64 does not divide, or unsigned codes.
   """
   N = qvalue.shape[-1]
-  if N % _ROWS or not layout.signed:
+  if N % COLUMNS or not layout.signed:
     raise ValueError(
       f'hopper.pack_rows: N={N}, zero points: {not layout.signed}; N must be a '
-      f'multiple of {_ROWS} and codes signed. Pad N, or use the xla form.'
+      f'multiple of {COLUMNS} and codes signed. Pad N, or use the xla form.'
     )
   codes = planar.unpack(qvalue, layout)
-  return codes.T.reshape(N // _ROWS, _ROWS, layout.K)
+  return codes.T.reshape(N // COLUMNS, COLUMNS, layout.K)
+
+
+def rows_of_words(words: jax.Array, layout: planar.Planar) -> jax.Array:
+  """pack_words -> pack_rows of signed codes: no code leaves its column."""
+  codes = unpack_words(words, layout.bits, layout.signed).astype(jnp.int8)
+  return codes.transpose(0, 2, 1, 3).reshape(-1, COLUMNS, layout.K)
+
+
+def reorder(x: jax.Array) -> jax.Array:
+  """x (..., K) in the order in which words of 4 bits give bytes.
+
+  Byte i of block 2v + e (16 bytes of K) of lane t is nibble 2i + e of word v:
+  row 32v + 16 (i % 2) + 8e + 2t + i / 2 of the weight, by `pack_words`. K is a
+  multiple of 32.
+  """
+  y = x.reshape(*x.shape[:-1], -1, 2, 2, 4, 2)  # v, i % 2, e, t, i / 2
+  at = x.ndim - 1
+  order = (*range(at + 1), at + 2, at + 3, at + 4, at + 1)
+  return y.transpose(order).reshape(x.shape)
 
 
 def codes_of(packed: jax.Array, layout: planar.Planar) -> jax.Array:
@@ -145,7 +168,7 @@ def codes_of(packed: jax.Array, layout: planar.Planar) -> jax.Array:
 def is_packed(qvalue: Any) -> bool:
   """Whether a weight is words or rows; stored ones have two axes."""
   if qvalue.ndim == 3:  # Packed bytes are no rows: they may be a stack.
-    return qvalue.shape[1] == _ROWS and qvalue.dtype != jnp.uint8
+    return qvalue.shape[1] == COLUMNS and qvalue.dtype != jnp.uint8
   return qvalue.ndim == 4
 
 
@@ -160,12 +183,12 @@ def stored(packed: Any, bits: int, signed: bool) -> jax.ShapeDtypeStruct:
   Raises:
     ValueError: neither words nor rows of such codes.
   """
-  if packed.ndim == 3 and packed.shape[1] == _ROWS and bits == 8:
-    N, K = packed.shape[0] * _ROWS, packed.shape[2]
+  if packed.ndim == 3 and packed.shape[1] == COLUMNS and bits == 8:
+    N, K = packed.shape[0] * COLUMNS, packed.shape[2]
     return jax.ShapeDtypeStruct((K, N), packed.dtype)
   if (
     packed.ndim != 4
-    or packed.shape[2:] != (_ROWS, _WORDS)
+    or packed.shape[2:] != (COLUMNS, _WORDS)
     or packed.dtype != jnp.int32
     or bits == 1
   ):
@@ -176,7 +199,7 @@ def stored(packed: Any, bits: int, signed: bool) -> jax.ShapeDtypeStruct:
     )
   rows = packed.shape[1] * tile_rows(bits) * bits // 8
   dtype = jnp.int8 if bits == 8 and signed else jnp.uint8
-  return jax.ShapeDtypeStruct((rows, packed.shape[0] * _ROWS), dtype)
+  return jax.ShapeDtypeStruct((rows, packed.shape[0] * COLUMNS), dtype)
 
 
 def _half(bits: int) -> int:

@@ -1,4 +1,4 @@
-"""Words of packed weights to bfloat16, inside of wgmma's register fragments.
+"""Words of packed weights to the values of wgmma's register fragments.
 
 What reaches below Pallas stands here, since it is no stable interface: arrays
 of registers, and two instructions. With u a field of b bits,
@@ -7,7 +7,10 @@ of registers, and two instructions. With u a field of b bits,
   fma(that, 1, -(128 + offset))            u - offset, exactly
 
 so two weights take a shift, a logical operation and an FMA. A value of 8 bits
-is (128 + its low seven) - (128 + 128 sign).
+is (128 + its low seven) - (128 + 128 sign). Products of int8 take four weights
+of 4 bits in a register, each 16 times its signed value, which is exact:
+
+  (word & 0xf0f0f0f0) ^ 0x80808080
 """
 
 from typing import Any
@@ -15,6 +18,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental.mosaic import gpu as mgpu
+from jax.experimental.mosaic.gpu import fragmented_array
 from jax.experimental.mosaic.gpu import utils as mgpu_utils
 from jax.extend.mlir import ir
 from jax.extend.mlir.dialects import arith, vector
@@ -24,9 +28,17 @@ from pallas_kernels import compat, hopper
 plgpu = compat.mosaic_gpu
 llvm: Any = mgpu_utils.llvm  # jax.extend has no such dialect.
 _LAYOUT = plgpu.Layout
+# (8 i, 128 j): two rows of eight to a warp, four neighbours to a lane.
+ROW_TILES = _LAYOUT.TILED(
+  fragmented_array.Tiling(((8, 128), (2, 128), (4,))),
+  warp_dims=(-5,),
+  lane_dims=(-2,),
+  vector_dim=-1,
+)
 _MAGIC = 0x4300  # The bfloat16 128: its last bit is worth 1.
 _BOTH = 0x10001  # Repeats a half word in a word.
 _COLUMNS = 8  # Of a register block of the fragment.
+_BYTE_COLUMNS = 16  # Of one of bytes.
 
 
 def unpacker(bits: int, offset: int, tiles: int, width: int) -> Any:
@@ -73,6 +85,61 @@ def unpacker(bits: int, offset: int, tiles: int, width: int) -> Any:
     )
 
   return unpack
+
+
+def unpacker_of_codes(tiles: int, width: int) -> Any:
+  """The function of word tiles of 4 bits to 16 times their codes.
+
+  Args:
+    tiles: word tiles of a call, (64, 16) int32 each, in Layout.WGMMA_8BIT.
+    width: columns of a piece; divides those of the tiles.
+
+  Returns:
+    Function of `tiles` arrays to a tuple of (64, width) int8 in
+    Layout.WGMMA_8BIT, along K in the order of hopper.reorder.
+  """
+  pieces = tiles * hopper.tile_rows(4) // width
+  blocks = width // _BYTE_COLUMNS
+  piece = plgpu.ShapeDtypeStruct((64, width), jnp.int8, _LAYOUT.WGMMA_8BIT)
+
+  @plgpu.inline_mgpu(
+    arg_types=(_LAYOUT.WGMMA_8BIT,) * tiles, return_type=(piece,) * pieces
+  )
+  def unpack(_, *words):
+    shape = (1, blocks, 1, 1, 2, 1, 1, 1, 1)
+    found = [np.empty(shape, dtype=object) for _ in range(pieces)]
+    for i, tile in enumerate(words):
+      assert tile.registers.shape == (1, 1, 1, 1, 2, 1, 1, 1, 1)
+      for half in range(2):  # Rows r and r + 8 of a thread.
+        four = tile.registers[0, 0, 0, 0, half, 0, 0, 0, 0]
+        for v in range(4):
+          word = vector.extract(four, dynamic_position=[], static_position=[v])
+          for odd in range(2):
+            p, block = divmod((4 * i + v) * 2 + odd, blocks)
+            value = _bytes(word, odd)
+            found[p][0, block, 0, 0, half, 0, 0, 0, 0] = value
+    return tuple(
+      mgpu.FragmentedArray(
+        _registers=registers,
+        _layout=_LAYOUT.WGMMA_8BIT.to_mgpu(),
+        _is_signed=True,
+      )
+      for registers in found
+    )
+
+  return unpack
+
+
+def _bytes(word, odd):
+  """Every other nibble of a word, 16 times its code, as a vector of int8."""
+  if not odd:
+    word = arith.shli(word, _constant(4))
+  word = arith.xori(
+    arith.andi(word, _constant(0xF0F0F0F0)), _constant(0x80808080)
+  )
+  word_type = ir.VectorType.get((1,), ir.IntegerType.get_signless(32))
+  four_type = ir.VectorType.get((4,), ir.IntegerType.get_signless(8))
+  return vector.bitcast(four_type, vector.broadcast(word_type, word))
 
 
 def _value(word, j, bits, offset):

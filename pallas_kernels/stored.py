@@ -128,6 +128,16 @@ def values(x: Stored) -> jax.Array:
   return out if x.norm is None else out * x.norm.astype(jnp.float32)
 
 
+def take_rows(x: Stored, first: jax.Array, count: int) -> Stored:
+  """Rows first .. first + count - 1, first traced."""
+
+  def take(a):
+    return jax.lax.dynamic_slice_in_dim(a, first, count, axis=0)
+
+  found: Stored = jax.tree.map(take, x)
+  return found
+
+
 def take_pages(x: Stored, pages: jax.Array, page: int, pooled: bool) -> Stored:
   """The pages (B, N) of each row, as arrays (B, N * page, ...).
 

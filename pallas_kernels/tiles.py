@@ -52,3 +52,11 @@ def dot(x: jax.Array, y: jax.Array, axis: int) -> jax.Array:
   return jax.lax.dot_general(
     x, y, (((1,), (axis,)), ((), ())), preferred_element_type=jnp.float32
   )
+
+
+def divisor(of: int, most: int) -> int:
+  """The greatest power of two that divides `of`, at most max(16, most)."""
+  size = of & -of
+  while size > max(16, most):
+    size //= 2
+  return size

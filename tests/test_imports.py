@@ -92,7 +92,8 @@ class ImportsTest(absltest.TestCase):
       }
 
     library = names(project['dependencies']) | names(extras['eval'])
-    library |= names(extras['launch']) | names(extras['notebooks'])
+    for extra in ('launch', 'notebooks', 'video'):
+      library |= names(extras[extra])
     tests = library | names(extras['test'])
     self.assert_none(
       [

@@ -8,7 +8,9 @@ of the probe, as training never moved their rows.
 
 Finding none is a finding: a small model trained from scratch may have no
 direction that its dead tokens share. Then all is alive, and of more tokens than
-the budget the first ones are kept.
+the budget the first ones are kept. So is that the nearest words mean nothing:
+`nearest`, the mean largest cosine, is to be above `chance`, that of random
+vectors; where it is not there is a warning.
 """
 
 import dataclasses
@@ -28,6 +30,7 @@ _LAYERS = 3  # Of the decoder, whose states and attention are looked at.
 _FIELDS = tuple(
   field.name for field in dataclasses.fields(embedlens_groups.Observed)
 )
+_COSINES = ('nearest', 'chance')  # Of embedlens.informative, a pair a step.
 
 
 def build(setting: program.Setting) -> program.Program:
@@ -39,19 +42,29 @@ def build(setting: program.Setting) -> program.Program:
   unsaid = unsaid_words(setting.trained.data, embedding.shape[0])
   probe = embedlens.make_probe(embedding, embedlens.Groups(), left_out=unsaid)
   look = jax.jit(observe, static_argnums=0)
+  compare = jax.jit(embedlens.informative)
 
   def init() -> dict[str, Any]:
-    state = {name: np.zeros(shape, np.float32) for name in _FIELDS}
+    state: dict[str, Any] = {
+      name: np.zeros(shape, np.float32) for name in _FIELDS
+    }
+    state |= {name: np.zeros(schedule.steps, np.float32) for name in _COSINES}
     return state | {'ids': np.zeros(shape, np.int32)}
 
   def update(state, index, batch):
-    seen = look(model, frozen, probe, view(batch), batch['text'])
+    visual = view(batch)
+    seen = look(model, frozen, probe, visual, batch['text'])
+    ts, key = visual.tokens, setting.key(index)
+    cosines = compare(ts.tokens, ts.mask, probe, key)
+    for name, cosine in zip(_COSINES, cosines, strict=True):
+      state[name][index] = cosine
     start, end = index * schedule.batch, (index + 1) * schedule.batch
     for name in _FIELDS:
       state[name][start:end] = getattr(seen, name)
     ids = state['ids'][:end]
     most = np.bincount(ids.ravel()).max() / ids.size
-    return state, {'words': np.unique(ids).size, 'most common': most}
+    figures = {'words': np.unique(ids).size, 'most common': most}
+    return state, figures | {name: state[name][index] for name in _COSINES}
 
   def finish(state) -> program.Learned:
     images = [
@@ -63,6 +76,15 @@ def build(setting: program.Setting) -> program.Program:
     )
     for candidate in candidates:
       logging.info('embedlens: %s', candidate)
+    nearest, chance = (float(state[name].mean()) for name in _COSINES)
+    if nearest <= chance:
+      logging.warning(
+        'embedlens: the nearest words of visual tokens have a mean cosine of '
+        '%.3f, those of random vectors up to %.3f; the first should be larger. '
+        'Classes by nearest words mean little for this model.',
+        nearest,
+        chance,
+      )
     return program.Learned(
       reducer=embedlens.make_probe(embedding, groups, left_out=unsaid)
     )

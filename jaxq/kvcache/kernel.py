@@ -18,7 +18,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxq.kvcache import interface, softmax, stores
+from jaxq.kvcache import interface, layers, softmax, stores
 from pallas_kernels import stored
 from pallas_kernels.decode_attention import api
 from pallas_kernels.prefill_attention import api as prefill
@@ -43,7 +43,7 @@ def attend(
   Args:
     q: (B, T, H, D), rotated as the keys are, not scaled.
     positions: (B, T) int32 of q.
-    k, v: stores, or pools of pages as FloatStores.
+    k, v: stores, or pools of pages as FloatStores; of a layer, in a stack too.
     length: (B,) tokens stored; of a ring, seen.
     scoring: scale, window and softcap.
     otherwise: the plain path.
@@ -69,6 +69,7 @@ def attend(
     **dataclasses.asdict(scoring),
     ring=ring,
     table=table,
+    first=layers.first_row(k),
     implementation=name,
     **options,
   )
@@ -161,7 +162,11 @@ def received(
 
 
 def as_stored(store: Any) -> stored.Stored | None:
-  """What kernels read, of a store; None for those that they do not."""
+  """What kernels read, of a store; None for those that they do not.
+
+  Of a layer of a stack, the stack with its layers as rows.
+  """
+  store = layers.rows(store)
   if isinstance(store, stores.FloatStore):
     return stored.Stored(codes=store.x)
   if isinstance(store, stores.NormedStore):

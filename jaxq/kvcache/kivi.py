@@ -32,6 +32,7 @@ import jax.numpy as jnp
 from jaxq.kvcache import (
   interface,
   kernel,
+  layers,
   residual,
   rotation,
   softmax,
@@ -116,12 +117,21 @@ class KiviConfig:
       heads = shape.kv_heads if self.norm_scope == 'head' else 1
       norm = jnp.zeros((shape.batch, slots, heads, 1), self.norm_dtype)
       k = stores.NormedStore(k, norm)
+    return self.around(shape, k)
+
+  def around(self, shape: interface.CacheShape, k: Any) -> 'KiviCache':
+    """An empty cache of this empty store of keys, with values as configured.
+
+    Args:
+      shape: what it is for.
+      k: of residual.slots_of slots, which encodes whole groups of tokens.
+    """
     channels = self.value_group_size or min(self.group_size, shape.head_dim)
     bits = self.bits if self.value_bits is None else self.value_bits
     window = (shape.batch, self.residual, shape.kv_heads, shape.head_dim)
     return KiviCache(
       k=k,
-      v=self._store(shape, slots, bits, 1, channels),
+      v=self._store(shape, k.slots, bits, 1, channels),
       k_residual=jnp.zeros(window, shape.dtype),
       v_residual=jnp.zeros(window, shape.dtype),
       length=jnp.zeros((shape.batch,), jnp.int32),
@@ -162,6 +172,10 @@ class KiviCache:
   def elements(self) -> int:
     """Elements of a token's keys."""
     return self.k_residual.shape[-2] * self.k_residual.shape[-1]
+
+  def split(self) -> tuple[layers.Own, layers.Whole]:
+    """As interface.split says: layers read the stack where it lies."""
+    return layers.split(self)
 
   def attend(
     self,
@@ -224,8 +238,8 @@ class KiviCache:
     slots = jnp.where(complete, positions, self.k.slots)
     return dataclasses.replace(
       self,
-      k=self.k.put(k, slots),
-      v=self.v.put(v, slots),
+      k=self.k.put(k, slots, R),
+      v=self.v.put(v, slots, R),
       k_residual=residual.keep(self.k_residual, update.k, length, counts),
       v_residual=residual.keep(self.v_residual, update.v, length, counts),
       length=length + counts,

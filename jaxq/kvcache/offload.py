@@ -116,6 +116,11 @@ class OffloadedCache:
   config: Any = flax.struct.field(pytree_node=False, default=None)
 
   @property
+  def appends_stacks(self) -> bool:
+    """Whether `append` takes a stack at once, as host memory asks for."""
+    return True
+
+  @property
   def capacity(self) -> int:
     """S."""
     return int(self.shape.capacity)

@@ -24,6 +24,7 @@ from jaxq.kvcache import (
   contiguous,
   interface,
   kernel,
+  layers,
   rotation,
   softmax,
   stores,
@@ -86,6 +87,10 @@ class TokenCache:
   def capacity(self) -> int:
     """S."""
     return self.k.slots
+
+  def split(self) -> tuple[layers.Own, layers.Whole]:
+    """As interface.split says: layers read the stack where it lies."""
+    return layers.split(self)
 
   def attend(
     self,

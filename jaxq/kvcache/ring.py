@@ -10,12 +10,20 @@ unless a window is asked for: `ring:window=512` shows every layer the last 512.
 """
 
 import dataclasses
+from typing import Any
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 
-from jaxq.kvcache import contiguous, interface, kernel, softmax, stores
+from jaxq.kvcache import (
+  contiguous,
+  interface,
+  kernel,
+  layers,
+  softmax,
+  stores,
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -62,15 +70,15 @@ class RingConfig:
 class RingCache:
   """k, v (B, W, Hkv, D). length (B,): tokens seen. tokens: asked for."""
 
-  k: jax.Array
-  v: jax.Array
+  k: Any  # An array; a layer of a stack in a scan.
+  v: Any
   length: jax.Array
   tokens: int = flax.struct.field(pytree_node=False)
 
   @property
   def window(self) -> int:
     """W."""
-    return self.k.shape[-3]
+    return int(self.k.shape[-3])
 
   @property
   def capacity(self) -> int:
@@ -80,12 +88,16 @@ class RingCache:
   @property
   def elements(self) -> int:
     """Elements of a token's keys."""
-    return self.k.shape[-2] * self.k.shape[-1]
+    return int(self.k.shape[-2] * self.k.shape[-1])
 
   def positions(self, slots: jax.Array) -> jax.Array:
     """(size,) -> (B, size, 1): what the slots hold; negative: nothing."""
     last = self.length[:, None, None] - 1
     return last - (last - slots[None, :, None]) % self.window
+
+  def split(self) -> tuple[layers.Own, layers.Whole]:
+    """As interface.split says: layers read the stack where it lies."""
+    return layers.split(self)
 
   def attend(
     self,

@@ -23,7 +23,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from jaxq.kvcache import interface
+from jaxq.kvcache import interface, layers
 
 BLOCK = 512  # Slots of a store that are unpacked at a time.
 _CHUNK = 128  # Query rows of the new tokens' own part.
@@ -132,7 +132,8 @@ def attend_store(
   Args:
     q: (B, Hkv, G, T, D), scaled.
     positions: (B, T) int32 of the queries.
-    k, v: stores of the same slots (jaxq.kvcache.stores).
+    k, v: stores of the same slots (jaxq.kvcache.stores); of a layer of a stack,
+      which is taken out.
     key_positions: slots (size,) -> (B, size, 1 or Hkv) int32, the position of
       what a slot holds, negative where it is empty.
     used: () int32; slots from here on are empty in all rows.
@@ -140,6 +141,7 @@ def attend_store(
     unit: blocks are multiples of it.
     block: slots at a time, about.
   """
+  k, v = layers.cut(k), layers.cut(v)
   S = k.slots
   size = min(S, max(block // unit, 1) * unit)
 

@@ -2,6 +2,7 @@
 
   encoded = store.encode(x (B, T, Hkv, D))        pure, no slots yet
   store   = store.put(encoded, slots (B, T))      slots past the end are dropped
+            (run=R: they are whole runs of R slots, one behind the other)
   scores  = store.scores(q, first, size)          q K^T of a run of slots
   out     = store.combine(p, first, size)         p V of them
 
@@ -113,16 +114,17 @@ class IntStore:
     codes, scale, offset = quantize(x, self.grid)
     return Encoded(pack(codes, self.grid.bits), scale, offset)
 
-  def put(self, encoded: Encoded, slots: jax.Array) -> 'IntStore':
+  def put(self, encoded: Encoded, slots: jax.Array, run: int = 1) -> 'IntStore':
     """Writes to slots (B, T), which lie in whole groups of tokens."""
     groups = slots[:, :: self.grid.tokens] // self.grid.tokens
+    of_groups = max(run // self.grid.tokens, 1)
     offset = self.offset
     if offset is not None and encoded.offset is not None:
-      offset = scatter(offset, encoded.offset, groups)
+      offset = write(offset, encoded.offset, groups, of_groups)
     return dataclasses.replace(
       self,
-      codes=scatter(self.codes, encoded.codes, slots),
-      scale=scatter(self.scale, encoded.scale, groups),
+      codes=write(self.codes, encoded.codes, slots, run),
+      scale=write(self.scale, encoded.scale, groups, of_groups),
       offset=offset,
     )
 
@@ -203,9 +205,11 @@ class FloatStore:
     """x (B, T, Hkv, D) in the store's dtype."""
     return x.astype(self.x.dtype)
 
-  def put(self, encoded: jax.Array, slots: jax.Array) -> 'FloatStore':
+  def put(
+    self, encoded: jax.Array, slots: jax.Array, run: int = 1
+  ) -> 'FloatStore':
     """Writes to slots (B, T)."""
-    return dataclasses.replace(self, x=scatter(self.x, encoded, slots))
+    return dataclasses.replace(self, x=write(self.x, encoded, slots, run))
 
   def values(self, first: Any, size: int) -> jax.Array:
     """(B, size, Hkv, D) float32."""
@@ -241,12 +245,14 @@ class NormedStore:
     unit, norm = scale_tokens(x, per_head=self.norm.shape[-2] > 1)
     return self.store.encode(unit), norm.astype(self.norm.dtype)
 
-  def put(self, encoded: tuple[Any, jax.Array], slots: jax.Array) -> Any:
+  def put(
+    self, encoded: tuple[Any, jax.Array], slots: jax.Array, run: int = 1
+  ) -> Any:
     """Writes to slots (B, T)."""
     return dataclasses.replace(
       self,
-      store=self.store.put(encoded[0], slots),
-      norm=scatter(self.norm, encoded[1], slots),
+      store=self.store.put(encoded[0], slots, run),
+      norm=write(self.norm, encoded[1], slots, run),
     )
 
   def values(self, first: Any, size: int) -> jax.Array:
@@ -389,6 +395,33 @@ def unpack(packed: jax.Array, bits: int, head_dim: int) -> jax.Array:
 def take(a: jax.Array, first: Any, size: int) -> jax.Array:
   """a[:, first : first + size], first traced."""
   return jax.lax.dynamic_slice_in_dim(a, first, size, axis=1)
+
+
+def write(
+  a: jax.Array, new: jax.Array, slots: jax.Array, run: int = 1
+) -> jax.Array:
+  """a (B, S, ...) with new (B, T, ...) at slots (B, T); past the end: none.
+
+  run: of so many slots, one behind the other, all are past the end or none is.
+    Those that are not are written one by one, in a loop of no turns in most
+    steps: a TPU scatters by copying what has its tokens along lanes.
+  """
+  if run == 1:
+    return scatter(a, new, slots)
+  (B, T), size = slots.shape, (1, run, *a.shape[2:])
+  count = T // run
+  new = new.astype(a.dtype).reshape(B * count, *size)
+  first = slots[:, ::run].reshape(-1)
+  due = first < a.shape[1]
+  order = jnp.argsort(~due, stable=True)
+
+  def body(i, a):
+    at = order[i]
+    start = [at // count, first[at]] + [jnp.int32(0)] * (a.ndim - 2)
+    return jax.lax.dynamic_update_slice(a, new[at], start)
+
+  done: jax.Array = jax.lax.fori_loop(0, jnp.sum(due), body, a)
+  return done
 
 
 def scatter(a: jax.Array, new: jax.Array, slots: jax.Array) -> jax.Array:

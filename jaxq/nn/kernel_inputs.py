@@ -37,8 +37,6 @@ from pallas_kernels import compat
 from pallas_kernels.hadamard_quantize import api as hadamard_quantize
 from pallas_kernels.norm_quantize import api as norm_quantize
 
-_KERNEL = 'pallas_mosaic_tpu'
-
 
 @flax.struct.dataclass
 class QuantizedInput:
@@ -116,7 +114,7 @@ def rotated(x: jax.Array, turn: Any, act: Any) -> QuantizedInput:
     jax.lax.stop_gradient(x),
     block=turn.size,
     x_format=kernel_matmul.x_format(act.spec),
-    implementation=_KERNEL,
+    implementation=kernel_matmul.named(),
   )
   return QuantizedInput(codes, scale, turn(x))
 
@@ -147,7 +145,7 @@ def why_not_rotated(layer: nn.Module, x: jax.Array, kernel: Any) -> str:
     return f'blocks have {turn.size} channels, no power of two.'
   if x.ndim < 2 or 0 in x.shape:
     return f'x has shape {x.shape}.'
-  if hadamard_quantize.choose(x, turn.size) != _KERNEL:
+  if hadamard_quantize.choose(x, turn.size) not in kernel_matmul.KERNELS:
     return f'hadamard_quantize leaves x {x.dtype}{x.shape} to XLA.'
   return _why_not_multiplied(x.shape, kernel, act.spec)
 
@@ -196,7 +194,7 @@ def _why_not_layer(layer: Mapping[str, Any], x: jax.Array) -> str:
     copies = split.src.shape[-1]
     if not in_steps or split.spec != act.spec or split.kept != K:
       return f'its split keeps {split.kept} channels of {K}, of {split.spec}.'
-  if norm_quantize.choose(x, copies=copies) != _KERNEL:
+  if norm_quantize.choose(x, copies=copies) not in kernel_matmul.KERNELS:
     return f'norm_quantize leaves x {x.dtype}{x.shape} to XLA.'
   return _why_not_multiplied((*x.shape[:-1], K + copies), kernel, act.spec)
 
@@ -213,7 +211,7 @@ def _why_not_read(layer: Mapping[str, Any], allowed: tuple[str, ...]) -> str:
 
 
 def _why_not_multiplied(shape: tuple[int, ...], w: Any, spec: Any) -> str:
-  if kernel_matmul.choose_codes(shape, w, spec) == _KERNEL:
+  if kernel_matmul.choose_codes(shape, w, spec):
     return ''
   return f'no kernel multiplies {spec.dtype} {shape} by w {w.shape}.'
 
@@ -267,7 +265,7 @@ def _normed(norm, params, x, value, act, split) -> QuantizedInput:
     gather=None if split is None else split.src,
     offset=None if split is None else split.offset,
     narrow=act.spec.narrow,
-    implementation=_KERNEL,
+    implementation=kernel_matmul.named(),
   )
   if scale is None:
     scale = static.reshape((1,) * x.ndim)

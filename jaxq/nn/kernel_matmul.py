@@ -9,7 +9,8 @@ Kernels take plain arrays; this takes them out of QArrays and ActQuants.
   w a BinaryArray, x floating            binary_kernel, two calls of the first
 
 `choose` names what it picks: an implementation of pallas_kernels, or '' where
-jaxq.nn.matmul serves. On a CPU it is always ''.
+jaxq.nn.matmul serves. On a CPU it is always ''. A TPU's kernels take w as it is
+stored, a GPU's as kernel_packing lays it out.
 """
 
 from typing import Any
@@ -17,24 +18,24 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxq.nn import binary_kernel
+from jaxq.nn import binary_kernel, kernel_weight
 from jaxq.numerics import binary, qarray
-from pallas_kernels import planar, rows
+from pallas_kernels import hopper, planar, rows, targets
 from pallas_kernels.quantized_matmul import api as quantized
 from pallas_kernels.weight_only_matmul import api as weight_only
 
-_KERNEL = 'pallas_mosaic_tpu'
+KERNELS = ('pallas_mosaic_gpu', 'pallas_mosaic_tpu')
 _FP8 = {'fp8_e4m3': 'float8_e4m3fn'}
 
 
 def choose(x: jax.Array, w: Any, act: Any, chip: str | None = None) -> str:
-  """'pallas_mosaic_tpu' where its kernel serves best, else ''.
+  """One of KERNELS where it serves best, else ''.
 
   Args:
     x: (..., K).
     w: kernel of the layer.
     act: how x is quantized, or None.
-    chip: the TPU compiled for; None: the one at hand.
+    chip: the one compiled for; None: the one at hand.
   """
   if why_not(w, act):
     return ''
@@ -47,7 +48,7 @@ def choose(x: jax.Array, w: Any, act: Any, chip: str | None = None) -> str:
     name = quantized.choose(
       x, w.qvalue, x_format=x_format(act.spec), chip=chip, **fields
     )
-  return name if name == _KERNEL else ''
+  return name if name in KERNELS else ''
 
 
 def choose_codes(
@@ -60,7 +61,7 @@ def choose_codes(
   codes = jax.ShapeDtypeStruct(shape, dtype)
   fields = {'x_format': x_format(spec), **_weight_fields(w)}
   name = quantized.choose(codes, w.qvalue, chip=chip, **fields)
-  return name if name == _KERNEL else ''
+  return name if name in KERNELS else ''
 
 
 def matmul(
@@ -77,7 +78,7 @@ def matmul(
     x: (..., K).
     w: kernel of the layer.
     act: how x is quantized, or None.
-    chip: the TPU compiled for; None: the one at hand.
+    chip: the one compiled for; None: the one at hand.
     interpret: runs the kernel in Pallas's interpreter.
 
   Raises:
@@ -117,11 +118,21 @@ def matmul_codes(
     scale: (..., 1), or as many axes of one element.
     w: kernel of the layer; `why_not_codes` has nothing against it.
     out_dtype: of the product.
-    chip: the TPU compiled for; None: the one at hand.
+    chip: the one compiled for; None: the one at hand.
     interpret: runs the kernel in Pallas's interpreter.
   """
   leaves, options = _call(w, out_dtype, chip, interpret)
   return quantized.quantized_matmul(codes, *leaves, x_scale=scale, **options)
+
+
+def named(chip: str | None = None) -> str:
+  """Which of KERNELS a chip may run; the TPU's where it runs neither.
+
+  Args:
+    chip: the one compiled for; None: the one at hand.
+  """
+  on_gpu = (chip or targets.current()) in hopper.CHIPS
+  return 'pallas_mosaic_gpu' if on_gpu else 'pallas_mosaic_tpu'
 
 
 def x_format(spec: Any) -> str:
@@ -133,7 +144,7 @@ def why_not(w: Any, act: Any) -> str:
   """Why no kernel takes these formats; '' if one does."""
   if isinstance(w, binary.BinaryArray):
     return binary_kernel.why_not(w, act)
-  if reason := _why_not_weight(w):
+  if reason := why_not_weight(w):
     return reason
   if act is None:
     is_fp8 = w.spec.dtype in _FP8
@@ -153,11 +164,13 @@ def why_not(w: Any, act: Any) -> str:
 
 def why_not_codes(w: Any, spec: Any) -> str:
   """Why no kernel takes w and codes of x in the format `spec`."""
-  return _why_not_weight(w) or _why_not_formats(w.spec, spec)
+  return why_not_weight(w) or _why_not_formats(w.spec, spec)
 
 
-def _why_not_weight(w: Any) -> str:
-  if type(w) is not qarray.QArray or w.qvalue.ndim != 2:
+def why_not_weight(w: Any) -> str:
+  """Why no kernel takes w, whatever x is; '' if one may."""
+  kinds = (qarray.QArray, kernel_weight.PackedArray)
+  if type(w) not in kinds or w.scale.ndim != 2:
     return 'w must be a QArray of one matrix.'
   spec = w.spec
   is_fp8 = spec.dtype in _FP8
@@ -189,7 +202,7 @@ def _call(
     assert w.zero_point is not None
     zero_point = jnp.broadcast_to(w.zero_point, scale.shape)
   options = {
-    'implementation': _KERNEL,
+    'implementation': named(chip),
     'chip': chip,
     'interpret': interpret,
     'out_dtype': out_dtype,

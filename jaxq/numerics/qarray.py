@@ -80,6 +80,16 @@ class QArray:
     """Whether codes share bytes: below 8 bits, where a tile fills them."""
     return packing.packable(self.spec.bits, _tile(self.shape[0], self.spec))
 
+  def unpacked(self) -> jax.Array:
+    """Codes (*L, K, N); other ways to lay them out override this."""
+    spec = self.spec
+    if not self.is_packed:
+      return self.qvalue
+    u = packing.unpack(self.qvalue, spec.bits, _tile(self.shape[0], spec))
+    if spec.dtype == 'binary':
+      return 2 * u.astype(jnp.int8) - 1
+    return packing.sign_extend(u, spec.bits) if spec.code_dtype == 'int8' else u
+
   def values(self) -> jax.Array:
     """float32 (*L, K, N); other ways to store values override this."""
     scale = codec.load_scale(self.scale, self.tensor_scale, self.spec)
@@ -306,13 +316,7 @@ def from_codes(
 
 def codes(q: QArray) -> jax.Array:
   """Unpacked codes (..., K, N) of spec.code_dtype."""
-  spec = q.spec
-  if not q.is_packed:
-    return q.qvalue
-  u = packing.unpack(q.qvalue, spec.bits, _tile(q.shape[0], spec))
-  if spec.dtype == 'binary':
-    return 2 * u.astype(jnp.int8) - 1
-  return packing.sign_extend(u, spec.bits) if spec.code_dtype == 'int8' else u
+  return q.unpacked()
 
 
 def effective_scale(q: QArray) -> jax.Array:
@@ -328,7 +332,7 @@ def nbytes(q: QArray) -> int:
 
 def bits_per_weight(q: QArray) -> float:
   """Stored bits per logical element, all metadata counted."""
-  return 8 * nbytes(q) / math.prod(q.qvalue.shape[:-2] + tuple(q.shape))
+  return 8 * nbytes(q) / math.prod(q.scale.shape[:-2] + tuple(q.shape))
 
 
 def validate(q: QArray) -> None:

@@ -17,6 +17,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from jaxq.nn import kernel_weight
 from jaxq.numerics import packing, qarray
 from jaxq.parallel import arrays
 
@@ -146,9 +147,28 @@ def _leaf_sharding(leaf: Any, spec: PartitionSpec, mesh: Mesh) -> Any:
     return jax.tree.map(
       lambda a: NamedSharding(mesh, _fit(a.shape, spec, mesh)), leaf
     )
+  if isinstance(leaf, kernel_weight.PackedArray):
+    return _packed_sharding(leaf, spec, mesh)
   spec = _fit_matrix(leaf, spec, mesh)
   return jax.tree.map(
     lambda a: NamedSharding(mesh, _fit(a.shape, spec, mesh)), leaf
+  )
+
+
+def _packed_sharding(
+  w: kernel_weight.PackedArray, spec: PartitionSpec, mesh: Mesh
+) -> Any:
+  """The shardings of a weight in tiles; none is split, nor is a group."""
+  fits = [
+    axis if axis and size % (unit * mesh.shape[axis]) == 0 else None
+    for axis, size, unit in zip(
+      (None, None, *spec)[-2:], w.shape, w.unit, strict=True
+    )
+  ]
+  return jax.tree.map(
+    lambda a, own: NamedSharding(mesh, _fit(a.shape, own, mesh)),
+    w,
+    w.partition(*fits),
   )
 
 

@@ -1,8 +1,8 @@
 """The search of LLM-FP4: formats, biases and shifts of linears that share x.
 
-See jaxq.quant.llm_fp4 for the idea. `search_layer` is a coordinate descent; the
-errors that it compares are exact sums over a sample of tokens, taken from Gram
-matrices where those are smaller:
+See jaxq.quant.llm_fp4 for the idea. `search_layer` is a coordinate descent
+whose errors are exact sums over a sample of tokens, taken from Gram matrices
+where those are smaller:
 
   x^ W^ - x W = x^ e + d W = d W^ + x e,   d = x^ - x, e = W^ - W
 
@@ -28,7 +28,7 @@ class SearchConfig(Protocol):
 
   weights, inputs: their bits count. weight_mans, input_mans: mantissa bits of
   the formats, the one to begin with first. gammas: candidates for a range,
-  times the largest value; the first is the initial one.
+  times the largest value; 1 is the initial one.
   """
 
   @property
@@ -53,7 +53,7 @@ class SearchConfig(Protocol):
   def rounds(self) -> int: ...
 
   @property
-  def reference_candidates(self) -> bool: ...
+  def reference_search(self) -> bool: ...
 
 
 class LayerParams(NamedTuple):
@@ -120,17 +120,22 @@ def search_layer(
     lax.map(lambda m: layer.input_scale(m, 1.0), layer.input_mans),
   )
 
-  def round_(state, _):
-    wi, ws, ai, as_ = state
-    form = layer.output_form(layer.input_mans[ai], as_[ai])
+  def round_(state, number):
+    wi, old_ws, ai, old_as = state
+
+    def seen(new, old):  # The authors' code is late in its first round.
+      late = config.reference_search
+      return jnp.where(number == 0, old, new) if late else new
+
+    form = layer.output_form(layer.input_mans[ai], old_as[ai])
     ws = lax.map(
       lambda i: layer.best_weights(layer.weight_mans[i], form), jnp.arange(W)
     )
-    wq = layer.rounded_weights(wi, ws)
+    wq = layer.rounded_weights(wi, seen(ws, old_ws))
     as_ = lax.map(
       lambda i: layer.best_input(layer.input_mans[i], wq), jnp.arange(A)
     )
-    form = layer.output_form(layer.input_mans[ai], as_[ai])
+    form = layer.output_form(layer.input_mans[ai], seen(as_, old_as)[ai])
     errors = lax.map(
       lambda i: layer.per_kernel(
         layer.column_errors(
@@ -153,7 +158,7 @@ def search_layer(
   first = layer.input_error(layer.input_mans[ai], as_[ai], against)
   losses = first[None]
   if config.rounds:
-    state, after = lax.scan(round_, start, length=config.rounds)
+    state, after = lax.scan(round_, start, jnp.arange(config.rounds))
     wi, ws, ai, as_ = state
     losses = jnp.concatenate([losses, after])
   ok = jnp.where(jnp.all(jnp.isfinite(losses)), 1.0, jnp.nan)
@@ -192,14 +197,14 @@ class _Layer:
     """2^-b (1, N)."""
     c = self.config
     return candidate_scale(
-      self.w_absmax, man, c.weights.bits, gamma, c.reference_candidates
+      self.w_absmax, man, c.weights.bits, gamma, c.reference_search
     )
 
   def input_scale(self, man, gamma):
     """2^-rho ()."""
     c, largest = self.config, jnp.max(self.absmax)
     return candidate_scale(
-      largest, man, c.inputs.bits, gamma, c.reference_candidates
+      largest, man, c.inputs.bits, gamma, c.reference_search
     )
 
   def shift(self, man, scale):
@@ -311,9 +316,7 @@ def round_table(
   formats_ = jnp.array(mans, jnp.int32)
 
   def scale_of(man, gamma):
-    return candidate_scale(
-      absmax, man, bits, gamma, config.reference_candidates
-    )
+    return candidate_scale(absmax, man, bits, gamma, config.reference_search)
 
   def best(man):
     def step(carry, gamma):

@@ -29,13 +29,17 @@ grouped heads.
 
 Departures. Linears that read one tensor share its format and rho, so that it is
 shifted and rounded once (share_inputs=False: each its own, shifted at run
-time). Candidates multiply the range, and the initial one is among them, so that
-no step is for the worse; reference_candidates=True multiplies the bias, as the
-reference does, which goes astray where that is near 0. Inputs are those behind
-quantized blocks; --inputs=float is the paper's. The metric is the squared error
-only. The embedding and the head are left float unless embed_bits says
-otherwise; they are then rounded by their own error and stored as floats, and
-the head's input stays float.
+time). Candidates multiply the range, and the initial one is among them; every
+choice is made beside the latest of all others: no step is for the worse.
+reference_search=True is the authors' code: candidates multiply the bias, which
+goes astray where that is near 0, without the initial one and the last of the
+grid; and what the first round finds is not seen before its formats are chosen,
+so that a round can be for the worse. (There, 2^-M of the quantizer is a power
+of integers, 0: ranges are larger than the format's. Not here.) Inputs are those
+behind quantized blocks; --inputs=float is the paper's. The metric is the
+squared error only. The embedding and the head are left float unless embed_bits
+says otherwise; they are then rounded by their own error and stored as floats,
+and the head's input stays float.
 """
 
 import dataclasses
@@ -68,7 +72,7 @@ class LlmFp4Config:
   preshift: whether channels of the inputs are shifted.
   rounds: of the search; 0 takes e2 formats and ranges of max |x|.
   n_grid: ranges per slice, from gamma_low to gamma_high times the largest.
-  reference_candidates: gamma multiplies the bias, not the range.
+  reference_search: candidates and order of the authors' code.
   share_inputs: linears that read one tensor quantize it once.
   sample_sequences: calibration sequences that the search sees.
   weight: 'search', or 'none' for a method that follows in the chain: kernels
@@ -85,7 +89,7 @@ class LlmFp4Config:
   n_grid: int = 100
   gamma_low: float = 0.01
   gamma_high: float = 1.2
-  reference_candidates: bool = False
+  reference_search: bool = False
   share_inputs: bool = True
   sample_sequences: int = 32
   weight: str = 'search'
@@ -146,11 +150,12 @@ class LlmFp4Config:
 
   @property
   def gammas(self) -> np.ndarray:
-    """Candidates, float32; the first is the initial one."""
-    steps = np.arange(self.n_grid + (not self.reference_candidates))
+    """Candidates, float32; but for the reference's, the initial one first."""
+    steps = np.arange(self.n_grid + (not self.reference_search))
     span = self.gamma_high - self.gamma_low
     grid = self.gamma_low + steps * span / self.n_grid
-    return np.concatenate([[1.0], grid]).astype(np.float32)
+    first = [] if self.reference_search else [1.0]
+    return np.concatenate([first, grid]).astype(np.float32)
 
 
 def llm_fp4(config: LlmFp4Config) -> transform.Transform:

@@ -22,9 +22,10 @@ rest='static', gets steps too, folded into v and up.
 
 Cost: four passes over the block; 51 roundings of its inputs in one of them.
 
-Departures; the paper has no public code. o's input is rotated whole, not per
-head (jaxq.quant.rotate). Low-rank terms are trained on the output of attention
-and MLP by themselves, inputs behind the first linears not rounded.
+Departures; the paper has no public code, and theta, the shares, the ratios and
+the settings of the low-rank terms are our choice. o's input is rotated whole,
+not per head (jaxq.quant.rotate). Low-rank terms are trained on the output of
+attention and MLP by themselves, inputs behind the first linears not rounded.
 """
 
 import dataclasses

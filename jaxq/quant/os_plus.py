@@ -16,17 +16,22 @@ where there is none) and the rows s W, a residual branch that reads the norm
 (post-norm models) the inverse. Nothing is left to do at run time.
 
 Then every linear's input gets its range on all calibration data, and weights
-are rounded to nearest. f is the attention up to the input of o, act(gate) * up,
-or the linear itself. Cost: n_grid passes of f over sample_sequences sequences
-per site, one at a time.
+are rounded to nearest. f is the attention up to the input of o, act(gate) * up
+or relu(up), or the linear itself. Cost: n_grid passes of f over
+sample_sequences sequences per site, one at a time.
 
 Departures. The number of candidates is fixed at n_grid up to n_max; the
 reference takes max(100, max(x) / 0.5), which n_max=200 allows. Rows of zeros,
 which is what padding is here, count neither in ranges nor in the loss; the
 reference masks the loss only. Everything is float32; the reference migrates in
-float16. In the static setting the outputs of q, k and v are quantized, as in
-the paper, but the softmax's probabilities stay float. The paper sweeps
-token_quantile by the model's loss; here that is a sweep of runs.
+float16. A scale passes ReLU, so that OPT's fc2 has a site, and fc1 is compared
+behind the ReLU; the reference compares fc1 itself and leaves fc2 alone. Kernels
+per tensor are rounded each by itself, as they are stored; the reference rounds
+q, k and v as one. Symmetric codes may go to -2^(b-1), one beyond the
+reference's, which only a value beyond the calibrated range reaches. In the
+static setting the outputs of q, k and v are quantized, as in the paper, but the
+softmax's probabilities stay float. The paper sweeps token_quantile by the
+model's loss; here that is a sweep of runs.
 """
 
 import dataclasses

@@ -15,9 +15,9 @@ rounding: no reduction over the tokens, no product with a scale on the way in,
 and only the weight's scale on the way out.
 
 The price: a row that grew by an outlier's s_j takes the range of its columns.
-Symmetrization makes s smaller; still this is a method for 8 and 6 bits
-(`imbalance` says how bad a site is). Without symmetrization it equals
-SmoothQuant with alpha = 1 and one static scale per tensor, exactly.
+Symmetrization makes s smaller; still this is a method for 8 and 6 bits (how bad
+a site is, `imbalance`, is logged). Without symmetrization it equals SmoothQuant
+with alpha = 1 and one static scale per tensor, exactly.
 
 Only what norms feed is treated so. The inputs of o and down, and the outputs of
 q, k and v, are quantized per token. Cost: one or two passes over the block.
@@ -246,6 +246,7 @@ def outliertune(config: OutlierTuneConfig) -> transform.Transform:
         name='outliertune_symmetrize',
         apply=functools.partial(_symmetrize, config),
         observe=_observe_middles,
+        failure=failure,
       )
     )
   if config.presmooth is not None:
@@ -257,7 +258,7 @@ def outliertune(config: OutlierTuneConfig) -> transform.Transform:
       apply=functools.partial(_scale, config),
       observe=functools.partial(_observe_ranges, config),
       failure=failure,
-      check=warn_of_dead_channels,
+      check=functools.partial(report_steps, config),
     )
   )
   if config.weight == 'rtn':
@@ -279,19 +280,29 @@ def outliertune(config: OutlierTuneConfig) -> transform.Transform:
   return transform.chain(*stages)
 
 
+def report_steps(
+  config: OutlierTuneConfig, where: str, stats: transform.Stats
+) -> None:
+  """Logs the imbalance of each site, and warns of dead channels."""
+  warn_of_dead_channels(where, stats)
+  for tap, named in stats.items():
+    s = channel_scale(*_extremes(named['range']), config.steps, config.clip)
+    logging.info(
+      'outliertune: the largest step at %s/%s is %.3g times the median.',
+      where,
+      tap,
+      float(imbalance(s)),
+    )
+
+
 def warn_of_dead_channels(where: str, stats: transform.Stats) -> None:
   """Logs a warning where channels were zero on all calibration data.
 
   They get the least step, 1e-5 / qmax, and a row of W' of about zero.
   """
   for tap, named in stats.items():
-    found = named.get('range')
-    if isinstance(found, observers.MinMax):
-      dead = (found.low == 0) & (found.high == 0)
-    elif isinstance(found, SearchedMax):
-      dead = found.absmax == 0
-    else:
-      continue
+    low, high = _extremes(named['range'])
+    dead = (low == 0) & (high == 0)
     if count := int(jnp.sum(dead)):
       logging.warning(
         'outliertune: %d of %d channels at %s/%s are zero on all calibration '
@@ -315,8 +326,9 @@ def require_tokens(where: str, stats: transform.Stats) -> None:
 def failure(name: str) -> str:
   """The error message where a migrated parameter is NaN."""
   return (
-    f'outliertune: the scales of {name} are not finite; its calibrated ranges '
-    'must be. Look for NaN or Inf in the calibration data and the weights.'
+    f'outliertune: the shift or the scales of {name} are not finite; its '
+    'calibrated ranges must be. Look for NaN or Inf in the calibration data '
+    'and the weights.'
   )
 
 
@@ -375,12 +387,7 @@ def _scale(config, block, params, quant, stats):
   quantizers: dict[str, Any] = {}
   for site, tap in _sites(block):
     _check(params, quant, site)
-    found = _found(stats, tap, 'range')
-    low, high = (
-      (found.low, found.high)
-      if isinstance(found, observers.MinMax)
-      else (-found.absmax, found.absmax)
-    )
+    low, high = _extremes(_found(stats, tap, 'range'))
     preconditions.require_exact_sums(
       config.weights, config.inputs, site.consumers[0], len(low), 'outliertune'
     )
@@ -394,6 +401,13 @@ def _scale(config, block, params, quant, stats):
     if lin.path.rpartition('/')[2] in config.bmm:
       quant = taps.set_path(quant, f'{lin.path}/output', per_token)
   return params, quant
+
+
+def _extremes(found: Any) -> tuple[jax.Array, jax.Array]:
+  """low, high (K,) of an observed range."""
+  if isinstance(found, SearchedMax):
+    return -found.absmax, found.absmax
+  return found.low, found.high
 
 
 def _observe_hessians(config, block) -> transform.Requests:

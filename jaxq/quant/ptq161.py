@@ -22,9 +22,12 @@ is jaxq.quant.restorative_lora.
 
 Departures. k of S is rounded to a multiple of 8, so that bytes fill; exactly k
 are taken, the reference takes those at its threshold as well, k + 1 or more.
-|mean cos| is at least 1e-3 in the logarithm, which a small model's block can
-drive to -inf. sign(0) = 1. Everything is float32; the reference trains in
-float16 with scaled losses. r2 is stored with mean 1, alpha and mu with r1.
+|x_j| is of the inputs behind quantized blocks, the reference's of the float
+model (--inputs=float, which trains on that stream, too). |mean cos| is at least
+1e-3 in the logarithm, which a small model's block can drive to -inf. sign(0) =
+1. Everything is float32; the reference trains in float16 with scaled losses. r2
+is stored with mean 1, alpha and mu with r1. A calibration that diverges names
+the block and not the epoch, which `optimize_block` names outside jit.
 """
 
 import dataclasses
@@ -60,6 +63,7 @@ _RANGES = {
   'lr_r': (0.0, 1.0),
 }
 _LEAST_COSINE = 1e-3
+_TINY = 1e-24
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -272,12 +276,18 @@ def export(
 def block_loss(y: jax.Array, *targets: jax.Array) -> jax.Array:
   """sum_i mean (y - y_i)^2 - log |mean_tokens cos(y, y_i)|; all (B, T, C)."""
   y = y.astype(jnp.float32)
+
+  def inverse_norm(a):  # 0 for tokens of zeros; 1 / |a| has no gradient there.
+    squared = jnp.sum(jnp.square(a), axis=-1)
+    inverse = lax.rsqrt(jnp.maximum(squared, _TINY))
+    return jnp.where(squared > _TINY, inverse, 0.0)
+
   loss = jnp.float32(0)
   for target in targets:
     target = target.astype(jnp.float32)
     squared = jnp.mean(jnp.square(y - target))
-    norms = jnp.linalg.norm(y, axis=-1) * jnp.linalg.norm(target, axis=-1)
-    cosine = jnp.sum(y * target, axis=-1) / jnp.maximum(norms, 1e-12)
+    cosine = jnp.sum(y * target, axis=-1)
+    cosine *= inverse_norm(y) * inverse_norm(target)
     mean = jnp.maximum(jnp.abs(jnp.mean(cosine)), _LEAST_COSINE)
     loss += squared - jnp.log(mean)
   return loss

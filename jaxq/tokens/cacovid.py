@@ -28,6 +28,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 
 from jaxq.nn import linear, norms
@@ -141,6 +142,7 @@ class CaCoVIDConfig(interface.Config):
       aux = {'token_logits': u, 'frame_logits': v}
     else:
       assert given.scores is not None  # Traits ask for it.
+      check_scores(given.scores, ts.mask)
       a = given.scores[:, ts.special :].astype(jnp.float32)
       f = frame_means(a[..., None], ts, grid)[..., 0]
     mask = ts.mask[:, ts.special :]
@@ -306,6 +308,22 @@ def frame_means(
   x = x.reshape(x.shape[0], T, H * W, -1)
   number = jnp.maximum(jnp.sum(mask, axis=2, dtype=jnp.int32), 1)
   return jnp.sum(jnp.where(mask, x, 0.0), axis=2) / number.astype(x.dtype)
+
+
+def check_scores(scores: jax.Array, mask: jax.Array) -> None:
+  """Raises ValueError for scores of tokens that are not finite.
+
+  Only of values that can be looked at: not under jit.
+  """
+  if isinstance(scores, jax.core.Tracer) or isinstance(mask, jax.core.Tracer):
+    return
+  bad = int(np.sum(~np.isfinite(np.asarray(scores)) & np.asarray(mask)))
+  if bad:
+    raise ValueError(
+      f'CaCoVIDConfig: {bad} scores are not finite; one of them would spoil '
+      "the shares of all frames. Mask these tokens, or mend the scorer's "
+      'overflow.'
+    )
 
 
 def allocate_frames(

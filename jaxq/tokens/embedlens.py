@@ -316,6 +316,23 @@ def informative(
   return mean, jnp.percentile(random, 95)
 
 
+def margin(tokens: jax.Array, probe: Probe) -> jax.Array:
+  """How much nearer than any other id one that marks a group is.
+
+  tokens (B, N, D) -> (B, N) float32 in [-2, 2]; above 0 the nearest id marks a
+  group, so with top_k=1 the token is not alive. -2 where no id marks any.
+  """
+  unit = primitives.normalize(tokens).astype(probe.embedding.dtype)
+  marks, left_out = probe.classes != ALIVE, probe.bias == -jnp.inf
+
+  def largest(ids):
+    bias = jnp.where(ids & ~left_out, 0.0, -jnp.inf)
+    cosines, _ = nearest_center.nearest_center(unit, probe.embedding, bias=bias)
+    return jnp.maximum(cosines[..., 0], -1.0)
+
+  return jnp.where(jnp.any(marks), largest(marks) - largest(~marks), -2.0)
+
+
 def _dead_cosine(tokens: jax.Array, probe: Probe) -> jax.Array:
   """(B, N): the largest cosine with a row that marks dead tokens, or 0."""
   if not probe.dead.shape[0]:

@@ -6,15 +6,20 @@ heads, and the quartiles Q1 and Q3 of a over the patches:
 
   kept    m = #{a > Q3 + 1.5 (Q3 - Q1)} tokens with the largest a (N / 8 if
           there is no outlier), and for PruMerge+ every s-th patch as well,
-          s = floor(floor(N / m) / 3)
+          s = floor(floor(N / m) / 3): three evenly spaced ones for each
   x_i     += sum of a_j x_j over the `neighbours` nearest to i by key, kept or
           not
   extra   sum of a_j x_j over all that are not kept, one more slot
 
 The weights are not normalised, so mass is not conserved. How many tokens are
-kept depends on the image: k_max bounds it. Scores are a, keys those of the
-last layer; the class token itself is not kept. Percentiles are of each image;
-`batch_percentile` takes them, and m, over the batch, as the paper's code does.
+kept depends on the image: k_max bounds it, and of more evenly spaced patches
+than there is room for it takes evenly spaced ones again. With a fixed number
+(`adaptive=False`) PruMerge+ keeps the paper's shares, one token in four by
+attention and the others evenly spaced among the rest.
+
+Scores are a, keys those of the last layer; the class token itself is not kept.
+Percentiles are of each image; `batch_percentile` takes them, and m, over the
+batch, as the paper's code does.
 """
 
 import dataclasses
@@ -26,6 +31,7 @@ from jaxq.tokens import interface, primitives
 
 _WHISKER = 1.5  # Tukey's fence, in quartile ranges.
 _SHARE = 8  # Without outliers N / 8 tokens are kept.
+_SPACED = 3  # Evenly spaced patches for each outlier (PruMerge+).
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -78,21 +84,22 @@ class PruMergeConfig(interface.Config):
     patch = ts.mask & (jnp.arange(N)[None] >= ts.special)
     a = jnp.where(patch, given.scores.astype(jnp.float32), 0.0)
     n = jnp.sum(patch, axis=1, dtype=jnp.int32)
-    m = jnp.maximum(k - 1, 0)
+    room = jnp.maximum(k - 1, 0)  # The extra token takes a slot.
+    m = room
     if self.adaptive:
       m = jnp.minimum(m, outliers(a, patch, over_batch=self.batch_percentile))
+    elif self.plus:
+      m = -(-room // (1 + _SPACED))
     index, _ = primitives.select_topk(a, patch, min(K, N), m)
     kept = primitives.scatter_slots(index, N) >= 0
     if self.plus:
-      rank = jnp.cumsum(patch, axis=1, dtype=jnp.int32) - 1
-      stride = jnp.maximum(n // jnp.maximum(m, 1) // 3, 1)[:, None]
-      spaced = patch & (rank % stride == 0)
-      # Outliers first, then the first of the grid, as far as there is room.
-      first = jnp.where(kept, 2.0, jnp.where(spaced, 1.0, -jnp.inf))
-      index, _ = primitives.select_topk(
-        first, patch, min(K, N), jnp.maximum(k - 1, 0)
-      )
-      kept = primitives.scatter_slots(index, N) >= 0
+      also = patch & ~kept
+      if self.adaptive:
+        rank = jnp.cumsum(patch, axis=1, dtype=jnp.int32) - 1
+        stride = jnp.maximum(n // jnp.maximum(m, 1) // _SPACED, 1)[:, None]
+        also &= rank % stride == 0
+      kept |= primitives.spaced(also, room - m)
+      index, _ = primitives.compact(kept, min(K, N))
     # The extra token, behind the kept ones, has what is not kept, if anything.
     count = jnp.sum(kept, axis=1, dtype=jnp.int32)[:, None]
     rest = patch & ~kept & (k > 0)[:, None]

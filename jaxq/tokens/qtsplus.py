@@ -32,6 +32,8 @@ from flax import linen as nn
 from jaxq.nn import linear, mlp, norms
 from jaxq.tokens import cross_attention, interface, primitives, qtsplus_gate
 
+CONTROLS = ('none', 'share')
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class QTSplusConfig(interface.Config):
@@ -51,6 +53,9 @@ class QTSplusConfig(interface.Config):
     seconds_per_frame: of a step of positions[..., 0], for time_embed.
     project: whether tokens of another width are projected to D.
     renumber: whether kept tokens get positions 0..n-1 on all axes.
+    control: of CONTROLS. 'share': each question gets the predicted share of
+      another one of the batch (needs rng): as many tokens in all, but not where
+      they are asked for.
   """
 
   budget: float = 0.5
@@ -67,9 +72,14 @@ class QTSplusConfig(interface.Config):
   seconds_per_frame: float = 1.0
   project: bool = False
   renumber: bool = False
+  control: str = 'none'
 
   def __post_init__(self):
     super().__post_init__()
+    if self.control not in CONTROLS:
+      raise ValueError(
+        f'QTSplusConfig: control={self.control!r}; allowed {sorted(CONTROLS)}.'
+      )
     if not 0 < self.rho_min < self.rho_max <= 1:
       raise ValueError(
         f'QTSplusConfig: rho_min={self.rho_min}, rho_max={self.rho_max}; '
@@ -96,6 +106,7 @@ class QTSplusConfig(interface.Config):
       kind='selector' if copies else 'merger',
       query=True,
       params=True,
+      rng=self.control == 'share',
       conserves_mass=copies,
     )
 
@@ -147,6 +158,9 @@ class QTSplusConfig(interface.Config):
     tokens = project(self, given.params, ts, given.query.shape[-1])
     r = apply('relevance', tokens, ts.mask, given.query, given.query_mask)
     rho = apply('share', r, ts.mask, given.query, given.query_mask)
+    if self.control == 'share':
+      assert given.rng is not None
+      rho = jax.random.permutation(given.rng, rho)
     n = kept_number(rho, ts.mask, self.n_max)
     k = jnp.minimum(n, budget.counts(n.shape[0]))
     index, used = primitives.select_topk(r, ts.mask, budget.k_max, k)
@@ -162,7 +176,8 @@ class QTSplusConfig(interface.Config):
     reduced = dataclasses.replace(reduced, tokens=kept)
     if self.renumber:
       reduced = dataclasses.replace(
-        reduced, positions=renumbered(used, reduced.positions.shape[-1])
+        reduced,
+        positions=primitives.renumbered(used, reduced.positions.shape[-1]),
       )
     return reduced
 
@@ -318,13 +333,6 @@ def sinusoids(times: jax.Array, width: int) -> jax.Array:
 def times_of(config: QTSplusConfig, positions: jax.Array) -> jax.Array:
   """Seconds (B, K) of positions (B, K, P), whose first axis is time."""
   return positions[..., 0].astype(jnp.float32) * config.seconds_per_frame
-
-
-def renumbered(mask: jax.Array, axes: int) -> jax.Array:
-  """Positions 0..count-1 on all axes: (B, K, axes) int32."""
-  place = jnp.cumsum(mask, axis=1, dtype=jnp.int32) - 1
-  place = jnp.where(mask, place, 0)
-  return jnp.broadcast_to(place[..., None], (*mask.shape, axes))
 
 
 def from_blocks(

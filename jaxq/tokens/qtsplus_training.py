@@ -187,7 +187,7 @@ def select(
   if config.renumber:
     axes = reduced.positions.shape[-1]
     reduced = dataclasses.replace(
-      reduced, positions=qtsplus.renumbered(used, axes)
+      reduced, positions=primitives.renumbered(used, axes)
     )
   return reduced, update_mean(state, rho, train.momentum)
 

@@ -30,6 +30,7 @@ from jaxq.nn import linear, norms
 from jaxq.parallel import mesh as mesh_lib
 from jaxq.tokens import interface, primitives
 
+BLOCKS = ('mlp', 'swiglu')
 NORMS = ('after', 'before', 'none')
 
 
@@ -42,6 +43,8 @@ class TokenFlexConfig(interface.Config):
     project: whether the SwiGLU projector follows the pooling; it needs params.
     features: output width D of the projector; 0: that of the tokens.
     hidden: its inner width m; 0: D.
+    block: of BLOCKS. 'mlp' is what SwiGLU is compared with, W_2 gelu(W_1 y) of
+      about as many parameters.
     norm: LayerNorm 'after' the pooling, 'before' it, or 'none'.
     count_embed: whether the gate gets a learned vector for each of `counts`.
     counts: tokens per frame that training draws from, squares.
@@ -51,6 +54,7 @@ class TokenFlexConfig(interface.Config):
   project: bool = False
   features: int = 0
   hidden: int = 0
+  block: str = 'swiglu'
   norm: str = 'after'
   count_embed: bool = False
   counts: tuple[int, ...] = (64, 144, 256)
@@ -78,6 +82,15 @@ class TokenFlexConfig(interface.Config):
     if self.norm not in NORMS:
       raise ValueError(
         f'TokenFlexConfig: norm={self.norm!r}; allowed {sorted(NORMS)}.'
+      )
+    if self.block not in BLOCKS:
+      raise ValueError(
+        f'TokenFlexConfig: block={self.block!r}; allowed {sorted(BLOCKS)}.'
+      )
+    if self.count_embed and self.block == 'mlp':
+      raise ValueError(
+        "TokenFlexConfig: count_embed=True with block='mlp'; the vector of a "
+        "count is added to the gate, which an MLP has not. Use block='swiglu'."
       )
     if min(self.features, self.hidden) < 0:
       raise ValueError(
@@ -119,10 +132,14 @@ class TokenFlexConfig(interface.Config):
   def projector(self, width: int) -> 'TokenAdaptiveProjector':
     """The projector for patches of `width` channels."""
     features = self.features or width
+    hidden = self.hidden or features
+    if self.block == 'mlp':  # m (2 d + D) parameters, in two matrices.
+      hidden = hidden * (2 * width + features) // (width + features)
     return TokenAdaptiveProjector(
       features=features,
-      hidden=self.hidden or features,
+      hidden=hidden,
       norm=self.norm,
+      gated=self.block == 'swiglu',
       counts=self.counts if self.count_embed else (),
     )
 
@@ -191,6 +208,7 @@ class TokenAdaptiveProjector(nn.Module):
   Attributes:
     features, hidden: D, m.
     norm: of NORMS.
+    gated: False: an MLP with GELU, in place of SwiGLU.
     counts: numbers of tokens per frame with a vector of their own in the gate;
       () is none. Other numbers get no vector.
   """
@@ -198,6 +216,7 @@ class TokenAdaptiveProjector(nn.Module):
   features: int
   hidden: int
   norm: str = 'after'
+  gated: bool = True
   counts: tuple[int, ...] = ()
 
   @nn.compact
@@ -232,6 +251,9 @@ class TokenAdaptiveProjector(nn.Module):
     def dense(features, name):
       return linear.QuantDense(features, name=name)
 
+    if not self.gated:
+      hidden = jax.nn.gelu(dense(self.hidden, 'up_proj')(y))
+      return dense(self.features, 'down_proj')(hidden)
     gate = dense(self.hidden, 'gate_proj')(y)
     if self.counts:
       shape = (len(self.counts), self.hidden)

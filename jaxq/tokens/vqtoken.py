@@ -31,7 +31,8 @@ MODES = ('adaptive', 'fixed')
 SELECTIONS = ('elbow', 'silhouette')
 CODEBOOKS = ('normalized', 'raw')
 WIRINGS = ('codebook', 'none')
-POSITIONS = ('centroid', 'first')
+POSITIONS = ('centroid', 'first', 'sequence')
+CONTROLS = ('none', 'shuffled')
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -48,7 +49,11 @@ class VQTokenConfig(interface.Config):
     codebook_of: what is averaged, tokens as they are ('raw') or 'normalized'.
     wiring: 'codebook': the attention follows, with params; 'none': codes only.
     num_heads, ffn: of the attention.
-    positions: of a code: the rounded mean of its members', or the first one's.
+    positions: of a code: the rounded mean of its members' ('centroid'), the
+      'first' one's, or 0, 1, ... ('sequence'), as the reference's language
+      model counts them. The other two tell where a code is without the map.
+    control: of CONTROLS. 'shuffled': the attention sees the codes in random
+      cells of the map; what it was worth is gone.
     seed: of the starts where no rng is given; the same for all rows.
   """
 
@@ -64,6 +69,7 @@ class VQTokenConfig(interface.Config):
   num_heads: int = 8
   ffn: int = 2048
   positions: str = 'centroid'
+  control: str = 'none'
   seed: int = 0
 
   def __post_init__(self):
@@ -74,6 +80,7 @@ class VQTokenConfig(interface.Config):
       ('codebook_of', CODEBOOKS),
       ('wiring', WIRINGS),
       ('positions', POSITIONS),
+      ('control', CONTROLS),
     ):
       if getattr(self, name) not in allowed:
         raise ValueError(
@@ -166,30 +173,27 @@ class VQTokenConfig(interface.Config):
     )(jax.lax.stop_gradient(unit), weight, k)
     label = jnp.where(k[:, None] > 0, found.labels, -1)
     assignment = primitives.order_slots(label, budget.k_max)
-    first = None
-    if self.positions == 'centroid':
-      at = ts.positions.astype(jnp.float32)
-      first, _ = primitives.merge(at, weight, assignment, budget.k_max)
-      first = jnp.floor(first + 0.5).astype(jnp.int32)
     reduced = primitives.merged(
       ts,
       assignment,
       budget.k_max,
-      positions=first,
       aux={'k': chosen, 'distortion': found.distortion},
     )
-    if self.positions == 'centroid':  # No token is where the code is.
+    if self.positions != 'first':  # No token is where the code is.
       reduced = dataclasses.replace(
-        reduced, index=jnp.full_like(reduced.index, -1)
+        reduced,
+        index=jnp.full_like(reduced.index, -1),
+        positions=self._positions(ts, reduced, weight),
       )
     codes: Any = reduced.tokens
     if self.codebook_of == 'normalized':
       means, _ = primitives.merge(unit, weight, assignment, budget.k_max)
       codes = means.astype(codes.dtype)
     if self.wiring == 'codebook':
-      features = vqtoken_attention.map_features(
-        reduced.assignment, ts, budget.k_max
-      )
+      shown = reduced.assignment
+      if self.control == 'shuffled':
+        shown = shuffled(rng, shown, ts)
+      features = vqtoken_attention.map_features(shown, ts, budget.k_max)
       codes = self.attention().apply(
         {'params': given.params}, codes, features, reduced.mask
       )
@@ -197,6 +201,17 @@ class VQTokenConfig(interface.Config):
     return dataclasses.replace(
       reduced, tokens=jnp.where(used, codes, jnp.zeros((), codes.dtype))
     )
+
+  def _positions(
+    self, ts: interface.TokenSet, reduced: interface.Reduced, weight: jax.Array
+  ) -> jax.Array:
+    """(B, K, P) int32 of codes that are at no token's place."""
+    K, axes = reduced.mask.shape[1], ts.positions.shape[-1]
+    if self.positions == 'sequence':
+      return primitives.renumbered(reduced.mask, axes)
+    at = ts.positions.astype(jnp.float32)
+    mean, _ = primitives.merge(at, weight, reduced.assignment, K)
+    return jnp.floor(mean + 0.5).astype(jnp.int32)
 
   def cluster(
     self,
@@ -241,6 +256,23 @@ def token_hash(
 ) -> jax.Array:
   """The map Z (B, T, H, W) int32: the code of each cell, -1 where masked."""
   return reduced.assignment[:, special:].reshape(-1, *grid)
+
+
+def shuffled(
+  rng: jax.Array, assignment: jax.Array, ts: interface.TokenSet
+) -> jax.Array:
+  """assignment (B, N) with the codes of a row's patches in random order.
+
+  The draw is the same for all rows; special and masked tokens stay.
+  """
+  N = assignment.shape[1]
+  patch = ts.mask & (jnp.arange(N)[None] >= ts.special)
+  draws = jax.random.uniform(rng, (N,))[None]
+  order = jnp.argsort(jnp.where(patch, draws, 2.0), axis=1)  # Patches first.
+  rank = jnp.maximum(jnp.cumsum(patch, axis=1, dtype=jnp.int32) - 1, 0)
+  source = jnp.take_along_axis(order, rank, axis=1)
+  moved = jnp.take_along_axis(assignment, source, axis=1)
+  return jnp.where(patch, moved, assignment)
 
 
 def check_values(tokens: jax.Array, mask: jax.Array) -> None:

@@ -42,6 +42,7 @@ def decode_attention(
   table: jax.Array | None = None,
   selected: jax.Array | None = None,
   page_size: int | None = None,
+  first: jax.Array | None = None,
   implementation: str | None = None,
   chip: str | None = None,
   block: pallas_mosaic_tpu.Block | None = None,
@@ -67,6 +68,9 @@ def decode_attention(
     table: (B, N) int32, the pages of each row; k and v are then pools.
     selected: (B, N) int32, of a row's pages those to attend to; -1: none.
     page_size: slots of a selected page where there is no table.
+    first: () int32, the row of k and v, or the page of the pools, where those
+      of q begin: k and v may be the layers of a stack, one behind the other,
+      which need not be cut apart. None: 0.
     implementation: one of IMPLEMENTATIONS, or None for what `choose` says.
     chip: the TPU compiled for; None: the one at hand.
     block: of the TPU form; None: by rule.
@@ -79,7 +83,7 @@ def decode_attention(
     TypeError, ValueError: arguments that do not fit each other.
     NotImplementedError: the implementation that was named cannot serve.
   """
-  _check(q, k, v, lengths, ring, table, selected, page_size)
+  _check(q, k, v, lengths, ring, table, selected, page_size, first)
   if implementation not in (None, *IMPLEMENTATIONS):
     raise ValueError(
       f'{_OP}: implementation={implementation!r}; allowed '
@@ -97,6 +101,8 @@ def decode_attention(
   if window is not None:
     oldest = jnp.maximum(positions.astype(jnp.int32) - window + 1, 0)
   scale = D**-0.5 if scale is None else scale
+  if table is not None and first is not None:
+    table = table + first
   used = block or pallas_mosaic_tpu.Block()
   step = page or k.slots
   if name != 'xla':
@@ -122,6 +128,8 @@ def decode_attention(
   }
   if name == 'xla':
     q = q.astype(jnp.float32) * scale
+    if first is not None and table is None:
+      k, v = (stored.take_rows(x, first, B) for x in (k, v))
     return base.decode_attention(q, k, v, seen, oldest, **options)
   return pallas_mosaic_tpu.decode_attention(
     q,
@@ -129,6 +137,7 @@ def decode_attention(
     v,
     seen,
     oldest if window is not None else None,
+    first=None if table is not None else first,
     scale=scale,
     in_order=table is None and selected is None,
     block=used,
@@ -184,7 +193,7 @@ def _page(k, table, selected, page_size):
   return page_size if selected is not None else None
 
 
-def _check(q, k, v, lengths, ring, table, selected, page_size):
+def _check(q, k, v, lengths, ring, table, selected, page_size, first):
   stored.check(_OP, 'k', k)
   stored.check(_OP, 'v', v)
   B, _, H, D = q.shape
@@ -197,6 +206,14 @@ def _check(q, k, v, lengths, ring, table, selected, page_size):
       "the cache from the model's config."
     )
   rows = k.codes.shape[0] if table is None else table.shape[0]
+  if first is not None and table is None:
+    if first.shape or rows % B:
+      raise ValueError(
+        f'{_OP}: first {first.shape} with {rows} rows of keys for a q of {B}; '
+        'it is one number, and a stack has whole layers of rows. Give the '
+        "layer's number times the batch."
+      )
+    rows = B
   if lengths.shape != (B,) or rows != B:
     raise ValueError(
       f'{_OP}: lengths {lengths.shape} and {rows} rows of keys for a q of {B}; '

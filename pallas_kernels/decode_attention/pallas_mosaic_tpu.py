@@ -25,7 +25,8 @@ Scales, with c' = code + z as it comes out of the unpacking:
 
 Grid    (B, splits, pages of a split); pages innermost, softmax in scratch.
         `visits` are prefetched: a page that holds nothing is not computed, and
-        the page before stands in for it, so that nothing is loaded.
+        the page before stands in for it, so that nothing is loaded. So is the
+        first row: the layers of a stack lie one behind the other.
 Blocks  a page (or `tokens` slots of a row) of each array, all heads.
 On-chip 2 * page bytes + a chunk's scores, unpacked codes and scales. 2048
         tokens, Hkv 8, D 128, bfloat16: 2 * 8.4 + 4 = 21 MB; int2: 2 * 1.6 + 4.
@@ -46,7 +47,7 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels import compat, stored, targets
+from pallas_kernels import compat, stored, targets, tiles
 from pallas_kernels.decode_attention import base, tpu_body
 
 _LANES = 128
@@ -208,10 +209,10 @@ def pick_block(
   if 1 < k.tokens < _LANES:  # Many groups of a chunk: a long program.
     most = 1024
   if page is not None:
-    return Block(tokens=page, chunk=_divisor(page, most), splits=splits)
+    return Block(tokens=page, chunk=tiles.divisor(page, most), splits=splits)
   nbytes = 2 * k.codes.shape[3] * k.heads * k.codes.dtype.itemsize
-  tokens = _divisor(k.slots, max(_LANES, _STEP_BYTES // nbytes))
-  return Block(tokens=tokens, chunk=_divisor(tokens, most), splits=splits)
+  tokens = tiles.divisor(k.slots, max(_LANES, _STEP_BYTES // nbytes))
+  return Block(tokens=tokens, chunk=tiles.divisor(tokens, most), splits=splits)
 
 
 def decode_attention(
@@ -221,6 +222,7 @@ def decode_attention(
   seen: stored.Visits,
   oldest: jax.Array | None,
   *,
+  first: jax.Array | None = None,
   page: int,
   pooled: bool,
   in_order: bool,
@@ -235,6 +237,7 @@ def decode_attention(
   Args:
     q: as it is, bfloat16; scale: of the scores.
     oldest: None: there is no window.
+    first: (), the row of k and v where those of q begin; None: 0.
     in_order: whether the pages are those of a row, one after the other.
     block: how the call is cut up. interpret: runs the interpreter.
   """
@@ -264,6 +267,8 @@ def decode_attention(
     v=_form(v),
   )
   scalars = _scalars(seen, oldest, ring, steps, block.splits, in_order)
+  row = jnp.zeros((1,), jnp.int32) if first is None else first.reshape(1)
+  scalars = (*scalars, row.astype(jnp.int32))
   low = None if oldest is None else _query_rows_of(oldest, k.heads, H, rows)
   q_rows = _query_rows(
     q * scale if exact else q, k.heads, rows
@@ -398,13 +403,12 @@ def _call(call, scalars, q, low, k, v, *, rows, pooled, interpret):
     block[0], block[axis] = 1, a.shape[axis] * call.page // slots
 
     def index(b, s, i, pages, *refs):
-      del refs
       page = pages[b, s * call.steps + i]
       at = [0] * a.ndim
       if pooled:
         at[0] = page
       else:
-        at[0], at[axis] = b, page
+        at[0], at[axis] = refs[-1][0] + b, page
       return tuple(at)
 
     return pl.BlockSpec(tuple(block), index)
@@ -442,7 +446,7 @@ def _call(call, scalars, q, low, k, v, *, rows, pooled, interpret):
   return pl.pallas_call(
     functools.partial(tpu_body.kernel, call=call, rows=rows),
     grid_spec=pltpu.PrefetchScalarGridSpec(
-      num_scalar_prefetch=4,
+      num_scalar_prefetch=5,
       grid=(B, call.splits, call.steps),
       in_specs=in_specs,
       out_specs=[
@@ -490,11 +494,3 @@ def _finish(call, acc, largest, total, *, B, T, H, rows):
     out = out.reshape(B, Hkv, T, G, D).transpose(0, 2, 1, 3, 4)
     lse = lse.reshape(B, Hkv, T, G).transpose(0, 2, 1, 3)
   return out.reshape(B, T, H, D), lse.reshape(B, T, H)
-
-
-def _divisor(of, most):
-  """The greatest power of two times 16 that divides `of`, at most `most`."""
-  size = of & -of
-  while size > max(16, most):
-    size //= 2
-  return size

@@ -50,6 +50,7 @@ class _Refs:
       return left.pop(0) if there else None
 
     self.pages, self.first, self.count, self.last = (take() for _ in range(4))
+    take()  # The first row is the blocks' business.
     self.q = take()
     channels = call.k.tokens > 1
     self.q_natural, self.order = take(channels), take(channels)

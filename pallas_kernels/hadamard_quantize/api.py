@@ -9,10 +9,18 @@ from typing import Any
 import jax
 
 from pallas_kernels import compat, rows, targets
-from pallas_kernels.hadamard_quantize import base, pallas_mosaic_tpu
+from pallas_kernels.hadamard_quantize import (
+  base,
+  pallas_mosaic_gpu,
+  pallas_mosaic_tpu,
+)
 
-IMPLEMENTATIONS = ('pallas_mosaic_tpu', 'xla')
+IMPLEMENTATIONS = ('pallas_mosaic_gpu', 'pallas_mosaic_tpu', 'xla')
 _OP = 'hadamard_quantize'
+_KERNELS = {
+  'pallas_mosaic_gpu': pallas_mosaic_gpu,
+  'pallas_mosaic_tpu': pallas_mosaic_tpu,
+}
 
 
 def hadamard_quantize(
@@ -31,7 +39,7 @@ def hadamard_quantize(
     block: h, a power of two that divides K.
     x_format: a key of rows.QMAX.
     implementation: one of IMPLEMENTATIONS, or None for what `choose` says.
-    chip: the TPU compiled for; None: the one at hand.
+    chip: the one compiled for; None: the one at hand.
     interpret: runs the kernel in Pallas's interpreter.
 
   Raises:
@@ -61,10 +69,12 @@ def hadamard_quantize(
     )
   chip = chip or targets.current()
   flat = x.reshape(-1, K)
-  if (implementation or choose(x, block, chip)) == 'xla':
+  name = implementation or choose(x, block, chip)
+  if name == 'xla':
     codes, scale = base.hadamard_quantize(flat, block, x_format)
   else:
-    codes, scale = pallas_mosaic_tpu.hadamard_quantize(
+    kernel: Any = _KERNELS[name]
+    codes, scale = kernel.hadamard_quantize(
       flat, block, x_format, chip=chip, interpret=interpret
     )
   return codes.reshape(x.shape), scale.reshape(*x.shape[:-1], 1)
@@ -75,6 +85,8 @@ def choose(x: Any, block: int, chip: str | None = None) -> str:
 
   The kernel where it serves and XLA is not to partition it, else 'xla'.
   """
-  if pallas_mosaic_tpu.why_not(x, block, chip or targets.current()):
-    return 'xla'
-  return 'xla' if compat.is_partitioned() else 'pallas_mosaic_tpu'
+  chip = chip or targets.current()
+  for name, kernel in _KERNELS.items():
+    if not kernel.why_not(x, block, chip):
+      return 'xla' if compat.is_partitioned() else name
+  return 'xla'

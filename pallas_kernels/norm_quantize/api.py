@@ -10,10 +10,18 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import compat, rows, targets
-from pallas_kernels.norm_quantize import base, pallas_mosaic_tpu
+from pallas_kernels.norm_quantize import (
+  base,
+  pallas_mosaic_gpu,
+  pallas_mosaic_tpu,
+)
 
-IMPLEMENTATIONS = ('pallas_mosaic_tpu', 'xla')
+IMPLEMENTATIONS = ('pallas_mosaic_gpu', 'pallas_mosaic_tpu', 'xla')
 _OP = 'norm_quantize'
+_KERNELS = {
+  'pallas_mosaic_gpu': pallas_mosaic_gpu,
+  'pallas_mosaic_tpu': pallas_mosaic_tpu,
+}
 
 
 def norm_quantize(
@@ -47,7 +55,7 @@ def norm_quantize(
     offset: (K + S,), in steps, added before the rounding; None: 0.
     narrow: whether integers stop at -qmax, not at -qmax - 1, with static steps.
     implementation: one of IMPLEMENTATIONS, or None for what `choose` says.
-    chip: the TPU compiled for; None: the one at hand.
+    chip: the one compiled for; None: the one at hand.
     interpret: runs the kernel in Pallas's interpreter.
 
   Raises:
@@ -90,12 +98,12 @@ def norm_quantize(
   args: Any = (flat, weight, bias, kind, eps, x_format, not static)
   args += (gather, narrow)
   copies = 0 if gather is None else gather.shape[0]
-  if (implementation or choose(x, chip, copies)) == 'xla':
+  name = implementation or choose(x, chip, copies)
+  if name == 'xla':
     codes, steps = base.norm_quantize(*args)
   else:
-    codes, steps = pallas_mosaic_tpu.norm_quantize(
-      *args, chip=chip, interpret=interpret
-    )
+    kernel: Any = _KERNELS[name]
+    codes, steps = kernel.norm_quantize(*args, chip=chip, interpret=interpret)
   if steps is not None:
     steps = steps.reshape(*x.shape[:-1], 1)
   return codes.reshape(*x.shape[:-1], -1), steps
@@ -108,12 +116,14 @@ def choose(x: Any, chip: str | None = None, copies: int = 0) -> str:
 
   Args:
     x: array or ShapeDtypeStruct (..., K).
-    chip: the TPU compiled for; None: the one at hand.
+    chip: the one compiled for; None: the one at hand.
     copies: S, how many columns `gather` adds.
   """
-  if pallas_mosaic_tpu.why_not(x, chip or targets.current(), copies):
-    return 'xla'
-  return 'xla' if compat.is_partitioned() else 'pallas_mosaic_tpu'
+  chip = chip or targets.current()
+  for name, kernel in _KERNELS.items():
+    if not kernel.why_not(x, chip, copies):
+      return 'xla' if compat.is_partitioned() else name
+  return 'xla'
 
 
 def _check(x, kind, x_format):

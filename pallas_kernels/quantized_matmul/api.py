@@ -15,7 +15,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import compat, planar, rows, targets, weights
+from pallas_kernels import (
+  compat,
+  hopper_blocks,
+  planar,
+  rows,
+  targets,
+  weights,
+)
 from pallas_kernels.quantized_matmul import (
   base,
   pallas_mosaic_gpu,
@@ -24,7 +31,7 @@ from pallas_kernels.quantized_matmul import (
 
 IMPLEMENTATIONS = ('float', 'pallas_mosaic_gpu', 'pallas_mosaic_tpu', 'xla')
 _OP = 'quantized_matmul'
-Block = pallas_mosaic_gpu.Block | pallas_mosaic_tpu.Block
+Block = pallas_mosaic_gpu.Block | hopper_blocks.Block | pallas_mosaic_tpu.Block
 _GROUPED_ROWS = 64
 _CODES = ('float8_e4m3fn', 'float8_e5m2', 'int8')
 _FLOATS = ('bfloat16', 'float16', 'float32')
@@ -72,7 +79,8 @@ def quantized_matmul(
   Args:
     x: floating, quantized here by row; or codes, int8 or fp8, with x_scale.
     qvalue: int8, packed planar int4 or fp8 (planar.py, weights.py); or
-      hopper.pack_rows of that, with bits=8, which the GPU form takes.
+      hopper.pack_rows of that, with bits=8, or hopper.pack_words of 4 bits,
+      which the GPU form takes.
     scale: (1, N) or (K / group_size, N), floating.
     zero_point: of w: uint8, shaped as scale; None: 0.
     bits: of w: 8, 4, 2 or 1.

@@ -1,6 +1,14 @@
-"""x (M, K) quantized by row @ int8 or fp8 weights (K, N) on Hopper.
+"""x (M, K) quantized by row @ int8, fp8 or int4 weights (K, N) on Hopper.
 
-Two kernels. The first quantizes: a row's absmax comes before its first product.
+Up to 64 rows go through hopper_words' pipeline, which reads the weight once at
+the speed of the memory: rows of 8 bits as they are, words of 4 bits unpacked to
+int8 in registers, as the chip multiplies no int4. It quantizes x itself, or a
+kernel before it does (Block.fused).
+  Traffic K*N*b/8 + (K/G)*N*(scale bytes) + 2*M*(K + N), x of each block from
+          the L2. M=16, K=8192, N=28672, b=4, one scale per column: 117.4 + 1.2
+          MB.
+More rows are multiplied by two kernels. The first quantizes: a row's absmax
+comes before its first product.
   Grid    (M,); one warpgroup has a row in registers, takes its absmax, rounds.
   Traffic 3*M*K + 4*M bytes of bf16 x; M=K=8192: 201 MB.
 The second multiplies:
@@ -18,6 +26,9 @@ The second multiplies:
 Needs     hopper.pack_rows of the weight, one scale per column, no zero points;
           K a multiple of 128, N of 128; bf16 or float32 x, or codes. M is
           padded to whole tiles.
+
+Words are unpacked to rows first, 1.5*K*N bytes. Up to 64 rows they may have
+groups of 64 or 128.
 """
 
 import dataclasses
@@ -31,12 +42,21 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from pallas_kernels import compat, hopper, rows
+from pallas_kernels import (
+  compat,
+  hopper,
+  hopper_blocks,
+  hopper_rows,
+  hopper_words,
+  rows,
+)
 from pallas_kernels.quantized_matmul import base
 
 plgpu = compat.mosaic_gpu
 
 TUNED = pathlib.Path(__file__).with_name('tuned_gpu.json')
+MOST_ROWS = 64  # Of x, beside words.
+_GROUP_SIZES = (-1, 64, 128)  # Of words: registers refuse 32 bytes of K.
 _BK = 128  # Bytes of a row of a tile: the widest swizzle.
 _OUT = 64  # Columns that leave at a time.
 _SNAKE = 8  # Tiles of a turn of the snake.
@@ -84,17 +104,45 @@ def why_not(x: Any, qvalue: Any, sides: base.Sides, chip: str) -> str:
   """Why this kernel cannot serve; '' if it can."""
   if reason := hopper.why_not(chip):
     return reason
-  layout = sides.layout
-  if qvalue.ndim != 3:
-    return 'the weight is as stored; it takes hopper.pack_rows of it.'
+  if not hopper.is_packed(qvalue):
+    return (
+      'the weight is as stored; it takes hopper.pack_rows of it, or pack_words '
+      'of 4 bits.'
+    )
   if sides.is_float != (qvalue.dtype.name.startswith('float8')):
     return f'qvalue is {qvalue.dtype} and x is {sides.x_format}; both or none.'
   if not sides.codes and x.dtype not in (jnp.bfloat16, jnp.float32):
     return f'x is {x.dtype}; it takes bfloat16 or float32. Cast x.'
+  if qvalue.ndim == 4:
+    return _why_not_words(x, qvalue, sides)
+  return _why_not_rows(sides, 64 * qvalue.shape[0])
+
+
+def _why_not_words(x, words, sides):
+  layout, M = sides.layout, math.prod(x.shape[:-1])
+  if layout.bits != 4 or not layout.signed:
+    return (
+      f'words of bits={layout.bits}, zero points: {not layout.signed}; it '
+      'takes those of 4 bits without zero points.'
+    )
+  if M > MOST_ROWS:
+    return _why_not_rows(sides, 64 * words.shape[0])
+  if layout.group_size not in _GROUP_SIZES:
+    return (
+      f'group_size={layout.group_size}; it takes {list(_GROUP_SIZES)} beside '
+      'words, where -1 is one scale per column.'
+    )
+  return ''
+
+
+def _why_not_rows(sides, N):
+  layout = sides.layout
   if layout.group_size > 0 or not layout.signed:
-    return 'w has groups or zero points; it takes one scale per column.'
-  if layout.K % _BK or qvalue.shape[0] % 2:
-    N = 64 * qvalue.shape[0]
+    return (
+      'w has groups or zero points; it takes one scale per column (groups of '
+      f'words up to {MOST_ROWS} rows of x).'
+    )
+  if layout.K % _BK or N % 128:
     return f'K={layout.K}, N={N}; it takes multiples of 128. Pad them.'
   return ''
 
@@ -111,6 +159,21 @@ def pick_block(M: int, N: int) -> Block:
   return wide
 
 
+def pick_few_block(
+  M: int, N: int, layout: Any, out_dtype: Any = jnp.bfloat16, *, fused: bool
+) -> hopper_blocks.Block:
+  """The stored block of few rows, cut to the call.
+
+  Args:
+    M, N: of the call.
+    layout: of the weight.
+    out_dtype: of the result.
+    fused: whether the kernel quantizes x itself.
+  """
+  block = hopper_blocks.Block(**_tuned()['few'], fused=fused)
+  return hopper_blocks.fit_block(block, M, N, layout, out_dtype, x_bytes=1)
+
+
 def quantized_matmul(
   x: jax.Array,
   x_scale: jax.Array | None,
@@ -120,13 +183,14 @@ def quantized_matmul(
   out_dtype: Any,
   *,
   chip: str,
-  block: Block | None = None,
+  block: Block | hopper_blocks.Block | None = None,
   interpret: bool = False,
 ) -> jax.Array:
-  """x (M, K), w = (rows (N/64, 64, K), scale, None) -> (M, N) of out_dtype.
+  """x (M, K), w = (rows or words, scale, None) -> (M, N) of out_dtype.
 
   Raises:
     NotImplementedError: `why_not` has a reason, or int32 sums are asked for.
+    TypeError: a block of the other pipeline.
     ValueError: a block that does not divide N.
   """
   reason = why_not(x, w[0], sides, chip)
@@ -134,21 +198,52 @@ def quantized_matmul(
     reason = 'int32 sums of a sharded K are not its output; it scales them.'
   if reason:
     raise NotImplementedError(f'quantized_matmul: pallas_mosaic_gpu: {reason}')
+  packed: Any = w[0]
+  of_words = packed.ndim == 4
+  if x.shape[0] <= MOST_ROWS and (of_words or not isinstance(block, Block)):
+    run: Any = _times_few
+  else:
+    run = _times_many
+  return run(x, x_scale, w, bias, sides, out_dtype, block, interpret)
+
+
+def _times_few(x, x_scale, w, bias, sides, out_dtype, block, interpret):
+  """Up to 64 rows."""
+  M, N = x.shape[0], w[1].shape[1]
+  block = _few_block(block, M, N, sides, out_dtype)
+  if w[0].ndim == 4:  # First: XLA may write x in this order at once.
+    x = hopper.reorder(x)
+  if not block.fused:
+    x, x_scale = _codes(x, x_scale, sides, interpret)
+  scale = w[1].astype(jnp.float32) if w[1].dtype == jnp.float16 else w[1]
+  return hopper_words.product(
+    x,
+    w[0],
+    scale,
+    None,
+    sides.layout,
+    block,
+    out_dtype,
+    x_scale=x_scale,
+    x_format=sides.x_format,
+    bias=None if bias is None else bias[0].astype(jnp.float32),
+    interpret=interpret,
+    name=f'quantized_w{sides.layout.bits}',
+  )
+
+
+def _times_many(x, x_scale, w, bias, sides, out_dtype, block, interpret):
+  """More rows, of x and of the weight."""
   (M, K), N = x.shape, w[1].shape[1]
-  block = block or pick_block(M, N)
-  if N % block.bn:
-    raise ValueError(
-      f'Block: bn={block.bn} with N={N}; it must divide it. Use a divisor.'
-    )
-  if not sides.codes:
-    x, x_scale = quantize_rows(x, sides.x_format, interpret=interpret)
-  assert x_scale is not None  # Codes come with one.
+  block = _rows_block(block, M, N)
+  codes, x_scale = _codes(x, x_scale, sides, interpret)
+  packed = w[0]
+  if packed.ndim == 4:
+    packed = hopper.rows_of_words(packed, sides.layout)
   pad = -M % (block.bm * block.cluster)
-  codes = jnp.pad(x, ((0, pad), (0, 0)))
-  x_scale = jnp.broadcast_to(x_scale.astype(jnp.float32), (M, 1))[:, 0]
   operands = [
-    codes,
-    w[0].reshape(N, K),
+    jnp.pad(codes, ((0, pad), (0, 0))),
+    packed.reshape(N, K),
     jnp.pad(x_scale, (0, pad)),
     w[1][0].astype(jnp.float32),
   ]
@@ -158,19 +253,61 @@ def quantized_matmul(
   return y[:M].astype(out_dtype)
 
 
+def _codes(x, x_scale, sides, interpret):
+  """x (M, K) as codes, and their scale (M,) float32."""
+  if not sides.codes:
+    x, x_scale = quantize_rows(x, sides.x_format, interpret=interpret)
+  x_scale = jnp.broadcast_to(x_scale.astype(jnp.float32), (x.shape[0], 1))
+  return x, x_scale[:, 0]
+
+
+def _few_block(block, M, N, sides, out_dtype):
+  """The block of few rows, checked."""
+  layout = sides.layout
+  if block is None:
+    fused = not sides.codes and _tuned()['fused_rows'] >= M
+    block = pick_few_block(M, N, layout, out_dtype, fused=fused)
+  _check_kind(block, hopper_blocks.Block)
+  hopper_blocks.check_block(block, M, N, layout, out_dtype, x_bytes=1)
+  if block.scale == 'pre' or (block.fused and sides.codes):
+    raise ValueError(
+      f'Block: scale={block.scale!r}, fused={block.fused} with x as codes: '
+      f"{sides.codes}; codes take scale='post', and fused quantizes floats. "
+      'Use those.'
+    )
+  return block
+
+
+def _rows_block(block, M, N):
+  """The block of a product with rows, checked."""
+  block = block or pick_block(M, N)
+  _check_kind(block, Block)
+  if N % block.bn:
+    raise ValueError(
+      f'Block: bn={block.bn} with N={N}; it must divide it. Use a divisor.'
+    )
+  return block
+
+
+def _check_kind(block, kind):
+  if not isinstance(block, kind):
+    raise TypeError(
+      f'Block: {type(block).__module__}.Block; this weight and M take '
+      f'{kind.__module__}.Block. Use that, or None.'
+    )
+
+
 def quantize_rows(
   x: jax.Array, x_format: str, *, interpret: bool = False
 ) -> tuple[jax.Array, jax.Array]:
   """x (M, K) -> codes (M, K), scale (M, 1): rows.quantize in one pass."""
   M, K = x.shape
-  wide = math.gcd(8, K // 128)  # Values of a thread that are side by side.
-  layout = plgpu.Layout.WG_STRIDED((K,), vec_size=wide)
 
   def body(x_g, codes_g, scale_g):
     row = jax.lax.axis_index('row')
-    values = plgpu.load(x_g.at[row], layout=layout, optimized=False)
-    values = values.astype(jnp.float32)
-    codes, scale = _quantize(values, x_format)
+    codes, scale = hopper_rows.quantize(
+      hopper_rows.load(x_g.at[row], K), x_format
+    )
     plgpu.store(codes_g.at[row], codes, optimized=False)
     scale_g[row] = scale
 
@@ -188,19 +325,6 @@ def quantize_rows(
     kernel_name='quantize_rows',
   )(x)
   return codes, scale[:, None]
-
-
-def _quantize(values, x_format):
-  """(K,) float32 -> codes (K,), scale (): as rows.quantize."""
-  qmax = float(rows.QMAX[x_format])
-  scale = jnp.maximum(jnp.max(jnp.abs(values)), rows.MIN_RANGE) * (1.0 / qmax)
-  steps = values * (1.0 / scale)
-  if rows.is_float(x_format):
-    codes = jnp.minimum(jnp.maximum(steps, -qmax), qmax).astype(x_format)
-  else:
-    rounded = jax.lax.round(steps, jax.lax.RoundingMethod.TO_NEAREST_EVEN)
-    codes = jnp.minimum(jnp.maximum(rounded, -qmax), qmax).astype(jnp.int8)
-  return codes, scale
 
 
 def _call(operands, sides, block, interpret):

@@ -45,12 +45,42 @@ class CasesTest(parameterized.TestCase):
     case = weight_only(bits=bits, group_size=group_size, symmetric=symmetric)
     self.assert_right(case, ('chosen', 'xla'))
 
-  def test_quantized_forms_are_one_product(self):
+  @parameterized.parameters(
+    ('int8', 8, -1, ('chosen', 'float', 'xla chain')),
+    ('int8', 4, -1, ('chosen', 'float', 'xla chain', 'weight only')),
+    ('int8', 4, 128, ('chosen', 'float', 'weight only')),
+  )
+  def test_quantized_forms_are_one_product(self, x_format, bits, group, names):
     spec = quantized_specs.ArgSpec(
-      name='q', M=2, K=128, N=128, x_format='int8', bits=8, group_size=-1
+      name='q',
+      M=2,
+      K=128,
+      N=128,
+      x_format=x_format,
+      bits=bits,
+      group_size=group,
     )
     case = gpu_kernels.quantized_case(spec)
-    self.assert_right(case, ('chosen', 'float', 'xla chain'), 0.02)
+    self.assertIn(gpu_kernels.KERNEL, case.forms)
+    self.assert_right(case, names, 0.02)
+
+  @parameterized.parameters('norm/llama3_8b_m16', 'hadamard/llama3_8b_o_h128')
+  def test_forms_of_rows_give_one_value(self, name):
+    case = next(gpu_kernels.cases(name))
+    self.assertGreater(case.floor_us(3e12), 0)
+    self.assertIn(gpu_kernels.KERNEL, case.forms)
+    names = [form for form in case.forms if form != gpu_kernels.KERNEL]
+    # The peer rounds to bfloat16 before it rounds to codes.
+    self.assert_right(case, names, 0.01)
+
+  def test_groups_of_many_rows_have_no_kernel(self):
+    names = {
+      case.name: gpu_kernels.KERNEL in case.forms
+      for case in gpu_kernels.cases('quantized/llama3_8b_o_w4a8')
+    }
+    self.assertTrue(names['quantized/llama3_8b_o_w4a8g128_m16'])
+    self.assertFalse(names['quantized/llama3_8b_o_w4a8g128_m256'])
+    self.assertTrue(names['quantized/llama3_8b_o_w4a8_m2048'])
 
   def assert_right(self, case, names, error=gpu_kernels.MOST_ERROR):
     forms = {name: case.forms[name] for name in names}
@@ -60,7 +90,7 @@ class CasesTest(parameterized.TestCase):
     def run(key_x, key_w):
       x = jax.random.normal(key_x, (case.M, case.K), jnp.bfloat16)
       w = case.draw(key_w)
-      return {name: form(x, w) for name, form in forms.items()}
+      return {name: case.values(form(x, w)) for name, form in forms.items()}
 
     found = run(jax.random.key(1), jax.random.key(2))
     want = np.asarray(found.pop('reference'), np.float32)
@@ -72,6 +102,7 @@ class CasesTest(parameterized.TestCase):
     names = [c.name for c in gpu_kernels.cases('llama3_70b_up_w')]
     self.assertIn('weight_only/llama3_70b_up_w4g128_m16', names)
     self.assertIn('quantized/llama3_70b_up_w8a8_m2048', names)
+    self.assertIn('quantized/llama3_70b_up_w4a4_m16', names)
     self.assertNotIn('weight_only/llama3_70b_up_w1g128_m16', names)
 
 
@@ -83,11 +114,17 @@ class PageTest(absltest.TestCase):
     copy = results.Row(
       name='copy', metrics=(results.Metric(name='TB/s', value=2.9),)
     )
-    rows = (copy, row('weight_only/a', chosen=44.2), row('quantized/b', bf16=3))
+    rows = (
+      copy,
+      row('weight_only/a', chosen=44.2),
+      row('quantized/b', bf16=3),
+      row('hadamard/c', chosen=9.1),
+    )
     text = gpu_kernels.page(results.Result(run=INFO, rows=rows))
     self.assertIn('H100 x 1, JAX 0.12, commit abc', text)
     self.assertIn('2.90 TB/s', text)
     self.assertRegex(text, r'(?s)weight_only_matmul.*44.2.*quantized_matmul')
+    self.assertRegex(text, r'(?s)## hadamard_quantize.*9.1')
     self.assertNotIn('Not measured', text)
 
   def test_slow_choices(self):

@@ -216,6 +216,10 @@ class TrainReducerTest(parameterized.TestCase):
     probe = run.finish(state).reducer
     self.assertEqual(probe.classes[3], embedlens_lib.DEAD)
     self.assertTrue((np.asarray(probe.bias)[unsaid] == -np.inf).all())
+    state['nearest'][:], state['chance'][:] = 0.2, 0.3
+    with self.assertLogs(level='WARNING') as logs:
+      run.finish(state)
+    self.assertIn('cosine of 0.200, those of random vectors', logs.output[0])
 
   def test_from_the_command_line(self):
     model = f'--model={self.root / "model"}'

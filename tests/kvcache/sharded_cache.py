@@ -83,7 +83,7 @@ def norms_alone(scope):
 def compare(name):
   """One row of results: plain numbers and strings."""
   mesh = mesh_lib.make_mesh('data:2,model:4')
-  config = testing.CACHES[name]
+  config = (testing.CACHES | testing.SELECTING)[name]
   tokens = jax.random.randint(jax.random.key(1), (2, 36), 0, 64)
   module = decoder.Decoder(CONFIG)
   params = module.init(jax.random.key(0), tokens[:, :2])['params']

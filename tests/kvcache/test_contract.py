@@ -120,6 +120,22 @@ class ContractTest(parameterized.TestCase):
       self.assertTrue(testing.same(a, b), path)
 
   @parameterized.named_parameters(*NAMES)
+  def test_what_is_past_the_capacity_overwrites_nothing(self, name):
+    if name == 'ring':
+      self.skipTest('a ring keeps the newest of any number')
+    # Inside jit, where nothing can be raised.
+    config, data = testing.CACHES[name], testing.qkv(65, seed=1)
+    full = jax.tree.map(lambda x: x[:, :64], data)
+    _, before = testing.run(config, full, (20, 20, 20) + (1,) * 4)
+    rest = jax.tree.map(lambda x: x[:, 64:], data)
+    _, after = testing.run(config, rest, (1,), cache=before)
+    np.testing.assert_array_equal(after.length, [65, 65])
+    for (path, a), (_, b) in zip(leaves(before), leaves(after), strict=True):
+      # All 64 are committed: the window begins a new block.
+      if 'residual' not in path and a.ndim == 4:
+        self.assertTrue(testing.same(a, b), path)
+
+  @parameterized.named_parameters(*NAMES)
   def test_decoding_leaves_what_prefill_leaves(self, name):
     if name == 'zipcache':
       self.skipTest('a block is split by the queries of the step it ends in')
@@ -257,6 +273,27 @@ class MessagesTest(parameterized.TestCase):
     cache = testing.CACHES[name].init(testing.shape())
     with self.assertRaisesRegex(ValueError, '4 query and 1 key heads for a ca'):
       cache.attend(q, k[:, :, :1], v[:, :, :1], positions, testing.PLAIN)
+    short = (x[..., :8] for x in (q, k, v))
+    with self.assertRaisesRegex(ValueError, 'for heads of 16; every new token'):
+      cache.attend(*short, positions, testing.PLAIN)
+    with self.assertRaisesRegex(
+      ValueError, r'k \(2, 2, 2, 16\) for heads of 1'
+    ):
+      twice = (jnp.repeat(x, 2, axis=1) for x in (k, v))
+      cache.attend(q, *twice, positions, testing.PLAIN)
+
+  def test_an_update_is_of_the_caches_rows(self):
+    cache = testing.CACHES['contiguous'].init(testing.shape(batch=3))
+    _, k, v = testing.qkv(2)
+    update = interface.Update(k=k, v=v)
+    with self.assertRaisesRegex(ValueError, 'an update of 2 rows .* of 3 rows'):
+      interface.append(cache, update)
+    cache = testing.CACHES['contiguous'].init(testing.shape())
+    with self.assertRaisesRegex(ValueError, r'counts \(3,\) for a cache of 2'):
+      interface.append(cache, update, jnp.array([1, 1, 1]))
+    for counts in ([3, 1], [1, -1]):
+      with self.assertRaisesRegex(ValueError, r'of 2 tokens; allowed 0\.\.2'):
+        interface.append(cache, update, jnp.array(counts))
 
   def test_shapes_are_positive(self):
     with self.assertRaisesRegex(ValueError, 'CacheShape: capacity=0; it must'):

@@ -71,6 +71,29 @@ class DontWasteBitsTest(parameterized.TestCase):
         held += own[own >= 0].tolist()
       self.assertEqual(sorted(held), list(range(40)))
 
+  def test_tokens_are_encoded_once(self):
+    data = testing.qkv(40)
+    first = tuple(x[:, :20] for x in data)
+    _, before = run(testing.BITS, first, (20,))
+    _, after = run(testing.BITS, data, (20,) + (1,) * 20)
+    for old, new in zip(before.pools, after.pools, strict=True):
+      held = np.asarray(old.positions)[..., 0, 0] >= 0  # (B, slots)
+      for a, b in zip(jax.tree.leaves(old), jax.tree.leaves(new), strict=True):
+        np.testing.assert_array_equal(
+          np.asarray(a, np.float32)[held], np.asarray(b, np.float32)[held]
+        )
+
+  def test_average_bits_are_those_of_the_shares(self):
+    cache = testing.BITS.init(testing.shape(dtype=jnp.bfloat16))
+    elements = 2 * testing.B * testing.HKV * testing.D
+    for pool, size, bits in zip(
+      cache.pools, (22, 22, 12, 8), dont_waste_bits.CLASSES, strict=True
+    ):
+      # Below 16 bits a scale and a minimum of 16 bits per token and head.
+      params = 0 if bits == 16 else 32 / testing.D
+      got = 8 * (interface.nbytes(pool.k) + interface.nbytes(pool.v))
+      self.assertEqual(got, size * elements * (bits + params))
+
   def test_pools_are_attended_to_like_their_values_in_order(self):
     q, k, v = testing.qkv(40)
     first = tuple(x[:, :39] for x in (q, k, v))

@@ -44,7 +44,7 @@ class DoubleSparsityTest(parameterized.TestCase):
         want = set(np.argsort(-s)[: config.heavy_tokens])
         self.assertEqual(set(np.asarray(index)[row, head]), want)
 
-  @parameterized.parameters(('q_head',))
+  @parameterized.parameters(('kv_head',), ('q_head',))
   def test_picking_is_masking(self, group_by):
     config = dataclasses.replace(
       testing.SPARSE, group_by=group_by, dense_prefill=False

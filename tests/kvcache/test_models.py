@@ -17,6 +17,13 @@ from models import decoder
 from tests.decode import testing as decode_testing
 from tests.kvcache import testing
 
+# Budgets for all 41 tokens, in caches of 64; their code still selects.
+SELECTING = {
+  'evict': dataclasses.replace(
+    testing.EVICT, policy='expected', budget=48, head_budgets=True
+  ),
+  'tokenselect': dataclasses.replace(testing.TOKENSELECT, budget=40, theta=-1),
+}
 PROMPTS = ([5, 200, 7], list(range(40, 57)), [9])
 CONFIG = dataclasses.replace(decode_testing.CONFIG, head_dim=testing.D)
 
@@ -47,13 +54,23 @@ def generate(config, prompts=PROMPTS, **kwargs):
   )
 
 
+@functools.cache
+def float_text():
+  """The greedy tokens of PROMPTS with everything in float."""
+  return generate(None).tokens
+
+
 class GenerateTest(parameterized.TestCase):
   @parameterized.named_parameters(*((name, name) for name in testing.LOSSLESS))
   def test_lossless_is_the_float_text(self, name):
-    expected = generate(None)
     chunk = None if name == 'oscar_16' else 8
     got = generate(testing.LOSSLESS[name], prefill_chunk=chunk)
-    np.testing.assert_array_equal(got.tokens, expected.tokens)
+    np.testing.assert_array_equal(got.tokens, float_text())
+
+  @parameterized.named_parameters(*((name, name) for name in SELECTING))
+  def test_a_budget_for_all_is_the_float_text(self, name):
+    got = generate(SELECTING[name], prefill_chunk=8)
+    np.testing.assert_array_equal(got.tokens, float_text())
 
   def test_a_row_of_a_ragged_batch_is_as_alone(self):
     # What shares no code with oscar's rows is in test_contract.

@@ -32,9 +32,16 @@ ROOM: dict[str, Any] = {
   'evict_heads': dataclasses.replace(
     testing.EVICT, budget=48, head_budgets=True, policy='h2o'
   ),
+  'evict_streaming': dataclasses.replace(
+    testing.SELECTING['evict_streaming'], budget=48
+  ),
   'quest': dataclasses.replace(testing.SELECTING['quest'], budget=48),
   'double_sparsity': dataclasses.replace(testing.SPARSE, heavy_tokens=48),
   'tokenselect': dataclasses.replace(testing.TOKENSELECT, budget=36, theta=-1),
+  # Tokens keep their positions: ordinary cached attention.
+  'tokenselect_fixed': dataclasses.replace(
+    testing.TOKENSELECT, budget=36, reposition=False
+  ),
 }
 DATA = testing.qkv(40)
 
@@ -58,7 +65,9 @@ def ragged(config, counts, rows):
 class SelectionTest(parameterized.TestCase):
   @parameterized.named_parameters(*((name, name) for name in ROOM))
   def test_a_budget_for_all_is_plain_attention(self, name):
-    scoring = interface.Scoring(scale=0.3, softcap=5.0)
+    # Of layers with a window the others keep everything, contiguously.
+    window = 9 if name.startswith('evict') else None
+    scoring = interface.Scoring(scale=0.3, softcap=5.0, window=window)
     out, cache = testing.run(
       ROOM[name], DATA, (20,) + (1,) * 20, scoring=scoring
     )

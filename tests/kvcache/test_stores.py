@@ -71,6 +71,15 @@ class QuantizeTest(parameterized.TestCase):
     self.assertEqual(float(scale[0, 0, 0, 0]), 1)
     np.testing.assert_array_equal(codes[0, 0, 0], [6, 5, 3, 0])
 
+  def test_a_clipped_range_by_hand(self):
+    # Of -4..4, half is -2..2 in steps of 4/3; what is past it goes to the end.
+    x = jnp.array([-4.0, -2.0, 1.9, 4.0]).reshape(1, 1, 1, 4)
+    grid = stores.Grid(bits=2, clip=0.5, scale_dtype='float32')
+    codes, scale, offset = quantize(x, grid)
+    self.assertAlmostEqual(float(scale[0, 0, 0, 0]), 4 / 3, places=6)
+    self.assertEqual(float(offset[0, 0, 0, 0]), -2)
+    np.testing.assert_array_equal(codes[0, 0, 0], [0, 0, 3, 3])
+
   def test_zero_point_far_from_the_group_is_kept(self):
     # All of it on one side of zero: z = -30, outside 0..3.
     x = jnp.array([10.0, 10.33, 10.67, 11.0]).reshape(1, 4, 1, 1)
@@ -144,6 +153,18 @@ class IntStoreTest(parameterized.TestCase):
     slots = jnp.full((testing.B, 8), store.slots)
     again = store.put(store.encode(x[:, :8] + 1), slots)
     self.assertTrue(testing.same(store, again))
+
+  def test_runs_are_written_whole_or_not(self):
+    # Two runs of 4 a row; of the first row the second is past the end.
+    a = jnp.zeros((2, 16, 1, 1))
+    new = jnp.arange(1.0, 17.0).reshape(2, 8, 1, 1)
+    slots = jnp.array([[8, 9, 10, 11, *[16] * 4], [0, 1, 2, 3, 12, 13, 14, 15]])
+    runs = jax.jit(stores.write, static_argnums=3)
+    got = runs(a, new, slots, 4)
+    np.testing.assert_array_equal(got, stores.scatter(a, new, slots))
+    self.assertEqual(got[0, :, 0, 0].tolist(), [0] * 8 + [1, 2, 3, 4] + [0] * 4)
+    none = runs(a, new, jnp.full((2, 8), 16), 4)
+    np.testing.assert_array_equal(none, a)
 
   def test_bits_per_element(self):
     # 4 + 32 / 16 at D = 16, and 2 + 32 / 8: packed and counted.

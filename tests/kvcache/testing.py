@@ -19,6 +19,7 @@ from jaxq.kvcache import (
   oscar,
   paged,
   per_token,
+  qjl,
   quest,
   ring,
   tokenselect,
@@ -48,6 +49,9 @@ CACHES = {
   'kivi': KIVI,
   'oscar': OSCAR,
   'oscar_head': dataclasses.replace(OSCAR, norm_scope='head'),
+  'qjl': qjl.QjlConfig(
+    **SMALL, sketch=56, outlier_sketch=32, outliers=2, value_bits=4
+  ),
   'zipcache': ZIPCACHE,
 }
 
@@ -80,6 +84,7 @@ LOSSLESS = {
   'contiguous': contiguous.ContiguousConfig(),
   'ring': ring.RingConfig(window=64),
   'paged': paged.PagedConfig(page_size=8),
+  'fp8_none': fp8.Fp8Config(k_dtype='none', v_dtype='none'),
   'oscar_16': dataclasses.replace(OSCAR, bits=16),
   'zipcache_16': dataclasses.replace(ZIPCACHE, bits=16, low_bits=16),
 }

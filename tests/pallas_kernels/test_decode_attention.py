@@ -154,6 +154,8 @@ class KernelTest(parameterized.TestCase):
     q, k, v = make(form, **sizes)
     want = exact(q, k, v, LENGTHS)
     self.check(run(q, k, v), want)
+    around = (127, 128, 129, S - 1)  # The ends of a step, and what is beside.
+    self.check(run(q, k, v, around), exact(q, k, v, around))
     if sizes.get('D') != 64:
       base = run(q, k, v, implementation='xla', block=None)
       for a, b in zip(base, want, strict=True):
@@ -175,27 +177,53 @@ class KernelTest(parameterized.TestCase):
   def test_pages_in_any_order(self, form):
     q, k, v = make(form, B=2)
     rows = exact(q, k, v, (S, 150))
-    # Row 0's pages are 3 and 1 of a pool, row 1's are 2 and 4.
-    table = jnp.array([[3, 1], [2, 4]], jnp.int32)
 
-    def pooled(x):
+    def pooled(x, places):  # Page i of all rows lies at places[i].
       def of(a):
         pages = a.reshape(4, 128 * a.shape[1] // S, *a.shape[2:])
-        return pages[jnp.array([0, 1, 2, 0, 3])]  # Page 0 is nobody's.
+        return jnp.zeros((5, *pages.shape[1:]), a.dtype).at[places].set(pages)
 
       return jax.tree.map(of, x)
 
     for name in api.IMPLEMENTATIONS:
-      got = run(
-        q,
-        pooled(k),
-        pooled(v),
-        (S, 150),
-        {'table': table},
-        block=None,
-        implementation=name,
-      )
-      self.check(got, rows)
+      found = []
+      for order in ((3, 1, 2, 4), (2, 4, 3, 1)):  # Page 0 is nobody's.
+        places = jnp.array(order, jnp.int32)
+        got = run(
+          q,
+          pooled(k, places),
+          pooled(v, places),
+          (S, 150),
+          {'table': places.reshape(2, 2)},
+          block=None,
+          implementation=name,
+        )
+        self.check(got, rows)
+        found.append(got)
+      for one, other in zip(*found, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+  @parameterized.parameters('bf16', 'kivi2')
+  def test_a_layer_of_a_stack(self, form):
+    # Rows 0 and 1 are of the first layer, 2 and 3 of the second.
+    q, k, v = make(form, Hkv=1)
+    lengths = (S, 150)
+    for name in api.IMPLEMENTATIONS:
+      block = SMALL if name == KERNEL['implementation'] else None
+      for layer in (0, 1):
+        rows = slice(2 * layer, 2 * layer + 2)
+        one = lambda x, rows=rows: jax.tree.map(lambda a: a[rows], x)
+        want = exact(q[rows], one(k), one(v), lengths)
+        got = run(
+          q[rows],
+          k,
+          v,
+          lengths,
+          {'first': jnp.int32(2 * layer)},
+          implementation=name,
+          block=block,
+        )
+        self.check(got, want)
 
   @parameterized.parameters('bf16', 'int4')
   def test_selected_pages(self, form):
@@ -295,10 +323,13 @@ class CacheTest(parameterized.TestCase):
     ('q', {'q': jnp.float32}, 'q is float32; it takes bfloat16'),
     ('queries', {'T': 40}, '160 queries of a key head; it takes 64'),
     ('heads', {'Hkv': 3}, r'3 key heads; it takes \[1, 2, 4, 8, 16, 32\]'),
+    ('head_dim', {'D': 256}, 'head_dim=256; it takes 128 and what is below'),
     ('slots', {'slots': 72}, '72 slots in a row; it takes multiples of 16'),
   )
   def test_a_named_kernel_refuses(self, changed, message):
-    sizes = {n: x for n, x in changed.items() if n in ('T', 'Hkv', 'slots')}
+    sizes = {
+      n: x for n, x in changed.items() if n in ('T', 'D', 'Hkv', 'slots')
+    }
     q, k, v = make('bf16', **sizes)
     q = q.astype(changed.get('q', q.dtype))
     with self.assertRaisesRegex(NotImplementedError, message):
@@ -323,6 +354,8 @@ class CacheTest(parameterized.TestCase):
       run(q[:, :, :3], k, v)
     with self.assertRaisesRegex(ValueError, r'lengths \(2,\) and 4 rows'):
       run(q, k, v, (1, 2))
+    with self.assertRaisesRegex(ValueError, r'first \(\) with 4 rows of k'):
+      run(q[:3], k, v, (1, 2, 3), {'first': jnp.int32(0)})
     with self.assertRaisesRegex(ValueError, 'page_size=100 with 256 slots'):
       run(
         q,

@@ -100,6 +100,35 @@ class LayoutTest(parameterized.TestCase):
     words[7, 9] ^= np.uint32((13 ^ 8) << 28)
     np.testing.assert_array_equal(words, np.uint32(0x88888888))
 
+  def test_a_register_of_codes_worked_by_hand(self):
+    # Bytes 4 and 5 of 16 to 31: lane t = 1, odd nibbles 1 and 3 of word 0.
+    order = np.asarray(hopper.reorder(jnp.arange(64)))
+    self.assertEqual(order[16 + 4 * 1 + 0], 8 + 2 * 1)
+    self.assertEqual(order[16 + 4 * 1 + 1], 16 + 8 + 2 * 1)
+    self.assertEqual(order[16 + 4 * 1 + 2], 8 + 2 * 1 + 1)
+    np.testing.assert_array_equal(np.sort(order[:32]), np.arange(32))
+    np.testing.assert_array_equal(order[32:], order[:32] + 32)
+
+  def test_bytes_of_words_are_sixteen_times_the_codes(self):
+    """What the registers hold, in NumPy: (word & 0xf0f0f0f0) ^ 0x80808080."""
+    layout, (q, _, _) = draw(128, 64, 4)
+    words = np.asarray(pack_words(q, layout))[0, 0].view(np.uint32)  # (64, 16)
+    found = np.zeros((64, 128), np.int8)
+    for t in range(4):
+      for v in range(4):
+        for odd in range(2):
+          word = words[:, 4 * t + v] << np.uint32(4 * (1 - odd))
+          four = (word & np.uint32(0xF0F0F0F0)) ^ np.uint32(0x80808080)
+          block = 16 * (2 * v + odd) + 4 * t
+          found[:, block : block + 4] = four[:, None].view(np.int8)
+    want = 16 * hopper.reorder(unpack(q, layout).T.astype(jnp.int32))
+    np.testing.assert_array_equal(found, want)
+
+  def test_words_to_rows(self):
+    layout, (q, _, _) = draw(256, 128, 4)
+    made = hopper.rows_of_words(pack_words(q, layout), layout)
+    np.testing.assert_array_equal(made, pack_rows(q, layout))
+
   def test_rows_run_along_k(self):
     layout, (q, _, _) = draw(128, 192, 8)
     packed = pack_rows(q, layout)
@@ -124,6 +153,9 @@ class LayoutTest(parameterized.TestCase):
     # Of (1, 2, 3, 4) warpgroups that compute; more would wait for ever.
     found = [hopper.compute_registers(n) for n in (1, 2, 3, 4)]
     self.assertEqual(found, [232, 232, 152, 104])
+    # Beside one that quantizes 64 rows.
+    self.assertEqual(hopper.compute_registers(4, 128), 88)
+    self.assertEqual(hopper.start_registers(4), 96)
 
   def test_chips(self):
     self.assertEqual(targets.gpu_of_kind('NVIDIA H100 80GB HBM3'), 'h100')
@@ -280,7 +312,9 @@ class QuantizedTest(parameterized.TestCase):
     )
     x = jax.ShapeDtypeStruct((M, 256), jnp.bfloat16)
     text = lower(f, x, packed, scale).as_text()
-    self.assertEqual(text.count('custom_call @mosaic_gpu'), 2)
+    # Few rows are quantized in the kernel that multiplies.
+    kernels = 1 if M == 3 else 2
+    self.assertEqual(text.count('custom_call @mosaic_gpu'), kernels)
 
   def test_interpreted_equals_base(self):
     needs_mosaic_gpu(self)
@@ -324,16 +358,24 @@ class QuantizedTest(parameterized.TestCase):
     ('N', {'N': 192}, 'K=128, N=192; it takes multiples of 128'),
     ('dtype', {'x': 'float16'}, 'x is float16; it takes bfloat16 or float32'),
     ('group', {'group': 64}, 'w has groups or zero points; it takes one'),
+    ('words', {'bits': 2, 'K': 256}, 'words of bits=2, zero points: False; it'),
+    ('group4', {'bits': 4, 'group': 32}, r'group_size=32; it takes .-1, 64'),
+    ('many', {'bits': 4, 'group': 64, 'M': 65}, 'of words up to 64 rows of x'),
+    ('zero', {'bits': 4, 'symmetric': False}, 'bits=4, zero points: True; it'),
   )
   def test_refusals(self, changed, message):
     needs_mosaic_gpu(self)
-    group = changed.get('group', -1)
-    layout, (q, scale, _) = draw(128, changed.get('N', 128), 8, group)
-    w = q if 'stored' in changed else pack_rows(q, layout)
-    x = rows_of_x(2, 128).astype(changed.get('x', 'bfloat16'))
+    group, bits = changed.get('group', -1), changed.get('bits', 8)
+    K, N = changed.get('K', 128), changed.get('N', 128)
+    layout, (q, scale, zero) = draw(
+      K, N, bits, group, changed.get('symmetric', True)
+    )
+    pack = pack_rows if bits == 8 else pack_words
+    w = q if 'stored' in changed else pack(q, layout)
+    x = rows_of_x(changed.get('M', 2), K).astype(changed.get('x', 'bfloat16'))
     with self.assertRaisesRegex(NotImplementedError, message):
       quantized.quantized_matmul(
-        x, w, scale, bits=8, group_size=group, **KERNEL
+        x, w, scale, zero, bits=bits, group_size=group, **KERNEL
       )
 
   def test_a_block_that_does_not_divide(self):

@@ -1,8 +1,9 @@
-"""PTQ1.61's block-wise optimization against torch: loss, gradients and AdamW.
+"""PTQ1.61's two trainings against torch: loss, gradients, AdamW and rates.
 
-The oracle is written from the paper with torch's own functions, as the
+The oracles are written from the paper with torch's own functions, as the
 authors' code uses them: autograd, cosine_similarity, AdamW with a rate for
-alpha and one for r1 and r2.
+alpha and one for r1 and r2; for the preprocessing AdamW behind clip_grad_norm_,
+and the schedule of transformers.
 """
 
 import jax
@@ -12,7 +13,7 @@ import pytest
 from absl.testing import absltest
 
 from jaxq.numerics import spec as spec_lib
-from jaxq.quant import ptq161
+from jaxq.quant import ptq161, restorative_lora
 from tests.parity import oracle
 
 pytestmark = pytest.mark.loose_promotion
@@ -81,6 +82,72 @@ def torch_optimize(kernels, frozen, streams):
       total += float(loss.detach())
     losses.append(total / SAMPLES)
   return learned, losses
+
+
+def torch_lora(w, embed, tokens, start, config):
+  """A, B (K, r), (r, N) and the loss of each update."""
+  import torch
+  import transformers
+
+  tensor = lambda a: torch.tensor(np.asarray(a))
+  w, embed, text = tensor(w), tensor(embed), tensor(tokens).long()
+  terms = [tensor(leaf).requires_grad_() for leaf in (start.a, start.b)]
+  optimizer = torch.optim.AdamW(
+    terms, lr=config.learning_rate, weight_decay=0.0
+  )
+  schedule = transformers.get_cosine_schedule_with_warmup(
+    optimizer, round(config.warmup * config.updates), config.updates
+  )
+  losses = []
+  for i in range(config.updates):
+    optimizer.zero_grad()
+    total = 0.0
+    for row in range(i * config.accumulate, (i + 1) * config.accumulate):
+      line = text[row % len(text)]
+      a, b = terms
+      logits = embed[line] @ (w + config.alpha / config.rank * a @ b)
+      loss = torch.nn.functional.cross_entropy(logits[:-1], line[1:])
+      (loss / config.accumulate).backward()
+      total += float(loss.detach()) / config.accumulate
+    torch.nn.utils.clip_grad_norm_(terms, config.max_norm)
+    optimizer.step()
+    schedule.step()
+    losses.append(total)
+  return [term.detach().numpy() for term in terms], losses
+
+
+class LoraParityTest(absltest.TestCase):
+  def test_every_update_is_torch_s(self):
+    rng = np.random.default_rng(0)
+    w, embed = (
+      jnp.asarray(rng.normal(size=shape), jnp.float32)
+      for shape in ((K, N), (N, K))
+    )
+    tokens = rng.integers(0, N, (6, 8)).astype(np.int32)
+    config = restorative_lora.LoraConfig(
+      rank=4, dropout=0.0, updates=10, learning_rate=0.02, max_norm=0.5
+    )
+    params = {'up_proj': {'kernel': w}}
+
+    def apply(variables, tokens):
+      term = variables['quant']['up_proj']['low_rank']
+      x = embed[tokens]
+      return x @ w + term(x)
+
+    losses = []
+    made = restorative_lora.train(
+      apply,
+      {'params': params, 'quant': {}},
+      tokens,
+      config,
+      lambda i, loss: losses.append(loss),
+    )['up_proj']
+    start = restorative_lora.start(params, config)['up_proj']
+    expected, wanted = torch_lora(w, embed, tokens, start, config)
+    np.testing.assert_allclose(losses, wanted, rtol=1e-4)
+    self.assertLess(losses[-1], 0.9 * losses[0])
+    for found, leaf in zip((made.a, made.b), expected, strict=True):
+      np.testing.assert_allclose(found, leaf, atol=1e-4)
 
 
 class PTQ161ParityTest(absltest.TestCase):

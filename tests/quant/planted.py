@@ -40,6 +40,7 @@ C, F, H, D = 64, 128, 4, 16
 # Channels that are large for all tokens, and for those of either modality.
 COMMON, MODAL = (2, 33), ((5, 12, 41, 50), (8, 23, 30, 61))
 MASSIVE_CHANNEL = 20
+LARGE = 7  # Of the hidden channels.
 KINDS = ('layer', 'parallel', 'post', 'rms')
 
 
@@ -169,6 +170,18 @@ def plant_in(
       kernel = blocks.kernel_of(params, path) / jnp.sqrt(s)[:, None]
       params = taps.set_path(params, f'{path}/kernel', kernel)
   return params
+
+
+def large_hidden_channel() -> tuple[blocks.BlockSpec, dict[str, Any]]:
+  """Llama's block, one channel of up * silu(gate) fifty times the others."""
+  spec, params = block('rms')
+  up, down = (
+    blocks.kernel_of(params, f'mlp/{name}_proj') for name in ('up', 'down')
+  )
+  up = up.at[:, LARGE].multiply(50.0)
+  params = taps.set_path(params, 'mlp/up_proj/kernel', up)
+  down = down.at[LARGE].divide(50.0**0.5)
+  return spec, taps.set_path(params, 'mlp/down_proj/kernel', down)
 
 
 def inputs(

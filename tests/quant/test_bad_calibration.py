@@ -1,12 +1,14 @@
 """Calibration data that says nothing of a channel: no method may make a NaN.
 
 A channel that is zero on all data has no range, and a row and a column of zeros
-in every Gram matrix.
+in every Gram matrix. A NaN is refused, in a sentence that says where.
 """
 
+import jax
 import jax.numpy as jnp
 from absl.testing import absltest, parameterized
 
+from jaxq.calibrate import checks
 from jaxq.nn import blocks
 from jaxq.numerics import spec as spec_lib
 from jaxq.quant import (
@@ -16,6 +18,7 @@ from jaxq.quant import (
   outliertune,
   ptq161,
   quant_experts,
+  transform,
 )
 from tests.quant import planted, testing
 
@@ -23,6 +26,14 @@ QuantSpec = spec_lib.QuantSpec
 W8 = QuantSpec(dtype='int8')
 A8 = QuantSpec(dtype='int8', granularity='token')
 A8_STATIC = QuantSpec(dtype='int8', granularity='tensor')
+EXPERTS = {
+  'weights': W8,
+  'inputs': A8,
+  'shared_rank': 2,
+  'expert_rank': 1,
+  'num_experts': 2,
+  'share': 0.1,
+}
 # name: (method, relative squared error of what the block adds).
 METHODS = {
   'llm_fp4': (
@@ -57,15 +68,13 @@ METHODS = {
   ),
   'quant_experts': (
     lambda: quant_experts.quant_experts(
-      quant_experts.QuantExpertsConfig(
-        weights=W8,
-        inputs=A8,
-        base='gptq',
-        shared_rank=2,
-        expert_rank=1,
-        num_experts=2,
-        share=0.1,
-      )
+      quant_experts.QuantExpertsConfig(base='gptq', **EXPERTS)
+    ),
+    1e-2,
+  ),
+  'quant_experts_awq': (
+    lambda: quant_experts.quant_experts(
+      quant_experts.QuantExpertsConfig(base='awq', **EXPERTS)
     ),
     1e-2,
   ),
@@ -96,6 +105,36 @@ class DeadChannelTest(parameterized.TestCase):
     y = testing.output(block, made, quant, x)
     error = float(jnp.mean((y - exact) ** 2) / jnp.mean((exact - x) ** 2))
     self.assertLess(error, bound)  # And so no NaN.
+
+
+class NotFiniteTest(parameterized.TestCase):
+  @parameterized.parameters(
+    ('mergequant', 'steps_migrate', 'the scales of'),
+    ('os_plus', 'os_plus_migrate', 'no threshold gives a finite error at'),
+    ('outliertune', 'outliertune_symmetrize', 'the shift or the scales of'),
+    ('outliertune', 'outliertune_scale', 'the shift or the scales of'),
+  )
+  def test_statistics_with_nan_are_refused(self, name, stage, message):
+    """Before apply, and behind it: it runs inside jit and cannot raise."""
+    block, params = dead_block()
+    stages = transform.stages(METHODS[name][0]())
+    (method,) = (s for s in stages if s.name == stage)
+    stats = testing.observe(block, params, {}, method, planted.inputs())
+    stats = jax.tree.map(
+      lambda a: a.at[..., 5].set(jnp.nan) if a.ndim else a, stats
+    )
+    with self.assertRaisesRegex(
+      ValueError, 'blocks.3.mlp.fc1.in: .* of its activations is NaN or Inf'
+    ):
+      checks.finite_stats(stats, 3)
+    apply = jax.jit(method.apply, static_argnums=0)
+    made, _ = apply(block, params, {}, stats)
+    with self.assertRaisesRegex(
+      ValueError,
+      rf'^{name}: {message} blocks.3.(mlp.fc1|post_norm).*calibration data',
+    ) as caught:
+      checks.finite(made, 'blocks.3', method.failure)
+    self.assertNotIn('\n', str(caught.exception))
 
 
 if __name__ == '__main__':

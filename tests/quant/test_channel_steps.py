@@ -85,6 +85,9 @@ class ExactTest(parameterized.TestCase):
   )
   def test_the_float_block_is_unchanged(self, kind, all_sites):
     block, params = planted.block(kind, planted.SCALED)
+    # A sign is carried, and a scale of 0 stays one.
+    gain = params['input_norm']['scale'].at[1].multiply(-2.0).at[2].set(0.0)
+    params = taps.set_path(params, 'input_norm/scale', gain)
     x = planted.inputs()
     moved, quant = testing.run(block, params, method(all_sites=all_sites), x)
     self.assertEqual(
@@ -98,10 +101,11 @@ class ExactTest(parameterized.TestCase):
     for site in channel_steps.sites(False, block):
       name = site.site.producer
       np.testing.assert_allclose(
-        params[name]['scale'] / moved[name]['scale'],
-        quant[name]['steps'],
+        moved[name]['scale'] * quant[name]['steps'],
+        params[name]['scale'],
         rtol=1e-5,
       )
+      self.assertGreater(float(jnp.min(quant[name]['steps'])), 0)
       quant, steps = channel_steps.take_steps(quant, site.site)
       self.assertEqual(steps.shape, (planted.C,))
     self.assertEqual(quant, {})
@@ -123,7 +127,7 @@ class ExactTest(parameterized.TestCase):
 
 
 class GainTest(parameterized.TestCase):
-  @parameterized.parameters(dict(), dict(refine=2))
+  @parameterized.parameters(dict(), dict(refine=2), dict(clip='none', refine=2))
   def test_clipping_gains_where_a_channel_has_one_outlier(self, **fields):
     block, params = planted.block('rms')
     x = spiked()

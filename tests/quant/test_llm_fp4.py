@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl.testing import absltest, parameterized
 
+from jaxq.calibrate import checks
 from jaxq.io import compressed_tensors, gguf_export
 from jaxq.nn import blocks, linear, taps
 from jaxq.numerics import fpx, qarray
@@ -67,43 +68,50 @@ def numpy_search(x, w, c):
   """The search in loops, on single errors; one kernel."""
   x, w = np.asarray(x, np.float64), np.asarray(w, np.float64)
   y = x @ w
-  mans, gammas = c.weight_mans, np.asarray(c.gammas, np.float64)
+  gammas, w_bits, x_bits = c.gammas, c.weights.bits, c.inputs.bits
+  w_mans, x_mans = c.weight_mans, c.input_mans
 
-  def bias(size, m):
-    return np.log2((2 - 2.0**-m) * 2.0 ** (2.0 ** (3 - m) - 1) / size)
+  def bias(size, m, bits):
+    top = 2.0 ** (2.0 ** (bits - 1 - m) - 1)
+    return np.log2((2 - 2.0**-m) * top / size)
+
+  def candidates(first):
+    if c.reference_search:
+      return [first * float(g) for g in gammas]
+    return [first - np.log2(float(g)) for g in gammas]
 
   size_x, size_w = np.abs(x).max(0), np.abs(w).max(0)
 
   def inputs(m, rho):
-    low = np.round(rho)
-    k = np.clip(np.round(bias(size_x, m)), low, low + 2 ** (3 - m) - 1) - low
-    return test_fpx.numpy_fp(x, m, 4, rho + k * c.preshift)
+    low, span = np.round(rho), 2 ** (x_bits - 1 - m) - 1
+    k = np.clip(np.round(bias(size_x, m, x_bits)), low, low + span) - low
+    return test_fpx.numpy_fp(x, m, x_bits, rho + k * c.preshift)
 
   def weights(m, b):
-    return test_fpx.numpy_fp(w, m, 4, b)
+    return test_fpx.numpy_fp(w, m, w_bits, b)
 
-  bw = {m: bias(size_w, m) for m in mans}
-  rho = {m: bias(size_x.max(), m) for m in mans}
-  mw = ma = mans[0]
-  for _ in range(c.rounds):
-    xq = inputs(ma, rho[ma])
-    for m in mans:
-      first = bias(size_w, m)
-      tried = [first - np.log2(g) for g in gammas]
+  bw = {m: bias(size_w, m, w_bits) for m in w_mans}
+  rho = {m: bias(size_x.max(), m, x_bits) for m in x_mans}
+  mw, ma = w_mans[0], x_mans[0]
+  for number in range(c.rounds):
+    xq, wq = inputs(ma, rho[ma]), weights(mw, bw[mw])
+    late = c.reference_search and number == 0
+    for m in w_mans:
+      tried = candidates(bias(size_w, m, w_bits))
       errors = [((xq @ weights(m, b) - y) ** 2).sum(0) for b in tried]
       bw[m] = np.array(tried)[np.argmin(errors, 0), range(w.shape[1])]
-    wq = weights(mw, bw[mw])
-    for m in mans:
-      tried = [bias(size_x.max(), m) - np.log2(g) for g in gammas]
+    wq = wq if late else weights(mw, bw[mw])
+    for m in x_mans:
+      tried = candidates(bias(size_x.max(), m, x_bits))
       rho[m] = tried[
         np.argmin([((inputs(m, b) @ wq - y) ** 2).sum() for b in tried])
       ]
-    xq = inputs(ma, rho[ma])
-    totals = [((xq @ weights(m, bw[m]) - y) ** 2).sum() for m in mans]
-    mw = mans[int(np.argmin(totals))]
+    xq = xq if late else inputs(ma, rho[ma])
+    totals = [((xq @ weights(m, bw[m]) - y) ** 2).sum() for m in w_mans]
+    mw = w_mans[int(np.argmin(totals))]
     wq = weights(mw, bw[mw])
-    totals = [((inputs(m, rho[m]) @ wq - y) ** 2).sum() for m in mans]
-    ma = mans[int(np.argmin(totals))]
+    totals = [((inputs(m, rho[m]) @ wq - y) ** 2).sum() for m in x_mans]
+    ma = x_mans[int(np.argmin(totals))]
   return mw, bw[mw], ma, rho[ma], min(totals) / y.size
 
 
@@ -130,18 +138,28 @@ class EquationsTest(parameterized.TestCase):
 
   def test_candidates(self):
     gammas = llm_fp4.LlmFp4Config(
-      weights=W4, inputs=A4, reference_candidates=True
+      weights=W4, inputs=A4, reference_search=True
     ).gammas
-    self.assertEqual(gammas[0], 1.0)
     np.testing.assert_allclose(
-      gammas[1:], 0.01 + np.arange(100) * 1.19 / 100, rtol=1e-6
+      gammas, 0.01 + np.arange(100) * 1.19 / 100, rtol=1e-6
     )
-    self.assertEqual(float(config(n_grid=100).gammas[-1]), np.float32(1.2))
+    ours = config(n_grid=100).gammas
+    np.testing.assert_array_equal(ours[:-1], [1.0, *gammas])
+    self.assertEqual(ours[-1], np.float32(1.2))
     size = jnp.array([6.0])
     ours = fp_search.candidate_scale(size, 1, 4, 0.5, False)
     np.testing.assert_allclose(ours, [0.25])  # Half the range.
     theirs = fp_search.candidate_scale(size, 1, 4, 0.5, True)
     np.testing.assert_allclose(theirs, [2**-0.5], rtol=1e-6)  # Half the bias.
+
+  def test_the_paper_s_values_are_the_defaults(self):
+    c = llm_fp4.LlmFp4Config(weights=W4, inputs=A4)
+    self.assertEqual(
+      (c.rounds, c.n_grid, c.gamma_low, c.gamma_high, c.sample_sequences),
+      (3, 100, 0.01, 1.2, 32),
+    )
+    self.assertEqual((c.weight_format, c.input_format), ('search', 'search'))
+    self.assertTrue(c.preshift)
 
   def test_formats(self):
     self.assertEqual(config().weight_mans, (1, 0, 2))
@@ -151,10 +169,16 @@ class EquationsTest(parameterized.TestCase):
 
 
 class SearchTest(parameterized.TestCase):
-  @parameterized.parameters((6, True), (10, True), (6, False))
-  def test_equals_loops(self, N, preshift):
+  @parameterized.parameters(
+    (6, {}),
+    (10, {}),
+    (6, {'preshift': False}),
+    (6, {'reference_search': True, 'n_grid': 30, 'rounds': 3}),
+    (6, {'inputs': A8}),
+  )
+  def test_equals_loops(self, N, fields):
     x, w = layer(N=N)
-    c = config(preshift=preshift)
+    c = config(**fields)
     made = search(x, [w], absmax(x), c)
     mw, bw, ma, rho, loss = numpy_search(x, w, c)
     self.assertEqual(int(made.weight_mans[0]), mw)
@@ -164,12 +188,12 @@ class SearchTest(parameterized.TestCase):
     np.testing.assert_allclose(made.losses[-1], loss, rtol=1e-3)
     # And it is the loss of what is returned.
     y = jnp.matmul(x, w, precision='highest')
-    np.testing.assert_allclose(
-      jnp.mean((rounded(x, w, made) - y) ** 2), loss, rtol=1e-3
-    )
-    self.assertTrue(bool(jnp.all(jnp.diff(made.losses) <= 1e-6)))
-    self.assertEqual(int(made.shift[1]), 0)  # The largest channel.
-    if preshift:
+    found = rounded(x, w, made, bits=(c.weights.bits, c.inputs.bits))
+    np.testing.assert_allclose(jnp.mean((found - y) ** 2), loss, rtol=1e-3)
+    if not c.reference_search:  # Which can be for the worse.
+      self.assertTrue(bool(jnp.all(jnp.diff(made.losses) <= 1e-6)))
+      self.assertEqual(int(made.shift[1]), 0)  # The largest channel.
+    if c.preshift:
       self.assertGreater(int(jnp.max(made.shift)), 0)
 
   def test_layers_gain_from_shifts_and_from_the_search(self):
@@ -218,9 +242,9 @@ class SearchTest(parameterized.TestCase):
 
 
 @functools.cache
-def planted_error(name):
+def planted_error(name, plant=planted.SCALED):
   """Of an MLP with outlier channels, after each method."""
-  block, params = planted.block('rms', planted.SCALED)
+  block, params = planted.block('rms', plant)
   block = block.without(('re:attention',), 0)  # Half the compilation.
   per_tensor = QuantSpec(dtype='int4', granularity='tensor')
   made = {
@@ -236,7 +260,7 @@ def planted_error(name):
       ),
     ),
   }[name]()
-  return planted.error(block, params, made, planted.inputs())
+  return planted.error(block, params, made, planted.inputs(plant))
 
 
 class BlockTest(parameterized.TestCase):
@@ -247,6 +271,13 @@ class BlockTest(parameterized.TestCase):
   )
   def test_gain_on_outlier_channels(self, better, worse, factor):
     self.assertLess(planted_error(better), factor * planted_error(worse))
+
+  def test_gain_with_massive_first_tokens(self):
+    """A token whose other channels are next to nothing, beside outliers."""
+    plant = planted.Plant(scale=50.0, first_token=1000.0)
+    self.assertLess(
+      planted_error('ours', plant), 0.75 * planted_error('unshifted', plant)
+    )
 
   @parameterized.parameters('rms', 'layer', 'post')
   def test_folded_or_at_run_time_is_the_same(self, kind):
@@ -451,10 +482,17 @@ class MessagesTest(parameterized.TestCase):
     self.assertRegex(gguf_export.misfit(q, 'Q8_0'), 'fpx4')
 
   def test_not_finite(self):
-    self.assertRegex(
-      llm_fp4.failure('blocks.1.mlp.up_proj.kernel'),
-      'error of blocks.1.mlp.up_proj.kernel is not finite.*calibration data',
-    )
+    """Scales of NaN become the one sentence that names the linear."""
+    block, params = planted.block('rms')
+    block = block.without(('re:attention', 'down_proj'), 0)
+    huge = 1e30 * blocks.kernel_of(params, 'mlp/up_proj')
+    params = taps.set_path(params, 'mlp/up_proj/kernel', huge)
+    stage = method(rounds=0)
+    made, _ = testing.run(block, params, stage, planted.inputs())
+    with self.assertRaisesRegex(
+      ValueError, 'error of blocks.1.mlp.*_proj.* is not finite.*calibration da'
+    ):
+      checks.finite(made, 'blocks.1', stage.failure)
 
 
 if __name__ == '__main__':

@@ -245,6 +245,18 @@ class GainTest(parameterized.TestCase):
     dynamic = error_of(*run(transform.chain(turn, rounding('dynamic'))))
     self.assertLess(error(), 1.15 * dynamic)
 
+  def test_rotating_the_rest_gains(self):
+    """One large hidden channel, rounded per token before down."""
+    block, params = planted.large_hidden_channel()
+    block = block.without(('re:attention', 're:gate|up'), 0)
+    rotated, plain = (
+      planted.error(
+        block, params, method(weights=W8, weight='rtn', rest=rest), inputs()
+      )
+      for rest in ('dynamic_hadamard', 'dynamic')
+    )
+    self.assertLess(rotated, 0.3 * plain)
+
   def test_constant_width_lies_between(self):
     obs = error(clip='none', width='constant')
     self.assertLess(obs, error_unsplit())
@@ -328,6 +340,20 @@ class ContractTest(parameterized.TestCase):
     self.assertEqual(k.shape[0], planted.C)
     self.assertLess(error_of(block, params, result), 0.2)
 
+  def test_defaults(self):
+    found = mergequant.MergeQuantConfig(weights=W4, inputs=A4)
+    self.assertEqual(
+      (found.clip, found.rest, found.weight, found.rank, found.compensate),
+      ('adaptive', 'dynamic_hadamard', 'gptq', 0, 'merge'),
+    )
+    self.assertEqual(
+      (found.theta, found.max_share, found.split, found.width, found.multiple),
+      (4.0, 0.02, 'hermite', 'grow', 128),
+    )
+    self.assertEqual((found.skip_tokens, found.steps.qmin), (1, -7))
+    self.assertEqual((found.solver.damping, found.solver.act_order), (0.01, 1))
+    self.assertEqual(found.search.norm, 2.4)
+
 
 class MessagesTest(parameterized.TestCase):
   @parameterized.parameters(
@@ -365,15 +391,16 @@ class MessagesTest(parameterized.TestCase):
 
   def test_too_few_tokens_for_a_hessian(self):
     block, params = planted.block('layer')
-    stage = transform.stages(method())[-1]
     x = planted.inputs(batch=1)
-    stats = testing.observe(block, params, {}, stage, x)
-    with self.assertRaisesRegex(
-      ValueError,
-      'Hessian at blocks.0/.* is of 24 calibration tokens; K=.* as many',
-    ):
-      stage.check('blocks.0', stats)
-    stage.check('blocks.0', {})
+    # What rounds, and what makes up for channels that go.
+    for stage in transform.stages(method(width='constant'))[-2:]:
+      stats = testing.observe(block, params, {}, stage, x)
+      with self.assertRaisesRegex(
+        ValueError,
+        'Hessian at blocks.0/.* is of 24 calibration tokens; K=.* as many',
+      ):
+        stage.check('blocks.0', stats)
+      stage.check('blocks.0', {})
 
   def test_a_rank_larger_than_the_layer(self):
     block, params = planted.block('layer')

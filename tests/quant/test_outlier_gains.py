@@ -1,5 +1,6 @@
 """What the methods gain on the outliers they are made for (planted.py)."""
 
+import jax
 import numpy as np
 from absl.testing import absltest, parameterized
 
@@ -161,6 +162,22 @@ class OutlierTuneTest(parameterized.TestCase):
       block, params, test_outliertune.method(weights=W8, inputs=A8), x
     )
     self.assertLess(error, 1e-3)
+
+  def test_searched_scales_gain_on_heavy_tails(self):
+    block, params = planted.block('layer')
+    block = block.without(('re:attention', 'fc2'), 0)
+    x = jax.random.t(jax.random.key(1), 2.5, (2, 192, planted.C))
+    a4 = QuantSpec(dtype='int4', granularity='token')
+    errors = [
+      planted.error(
+        block,
+        params,
+        test_outliertune.method(weights=W8, inputs=a4, scale=scale),
+        x,
+      )
+      for scale in ('mse', 'absmax')
+    ]
+    self.assertLess(errors[0], 0.7 * errors[1])
 
   def test_gptq_on_integer_inputs_beats_rounding(self):
     block, params = planted.block('layer', planted.SHIFTED)

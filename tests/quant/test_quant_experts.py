@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 from absl.testing import absltest, parameterized
 
-from jaxq.calibrate import probe, steps
-from jaxq.nn import blocks, linear, routed_low_rank, taps
+from jaxq.calibrate import checks, probe, steps
+from jaxq.nn import blocks, linear, matmul, routed_low_rank, taps
 from jaxq.numerics import qarray
 from jaxq.numerics import spec as spec_lib
 from jaxq.quant import (
@@ -97,6 +97,18 @@ class GainTest(parameterized.TestCase):
     act = taps.get_path(quant, 'mlp/up_proj/input')
     self.assertEqual(act, linear.ActQuant(None, None, spec))
 
+  def test_gain_beside_massive_first_tokens(self):
+    """They say nothing of channels, and leave the gain of the others."""
+    block, params = small_block()
+    x = inputs().at[:, 0, planted.MASSIVE_CHANNEL].set(1000.0)
+    exact = testing.output(block, params, {}, x)
+    errors = []
+    for fields in ({}, ACTIVE):
+      result = testing.run(block, params, method(skip_tokens=1, **fields), x)
+      y = testing.output(block, *result, x)
+      errors.append(float(jnp.mean((y - exact)[:, 1:] ** 2)))
+    self.assertLess(errors[0], 0.8 * errors[1])
+
   def test_gain_on_text_that_it_was_not_fitted_to(self):
     fresh = planted.modal_inputs(seed=4)[0]
     errors = [error_of(*made(**fields), x=fresh) for fields in ({}, ACTIVE)]
@@ -181,6 +193,19 @@ class ContractTest(parameterized.TestCase):
         np.testing.assert_array_equal(router, found[0])
     self.assertLess(error_of(block, params, (after, quant)), 0.05)
 
+  def test_terms_read_the_input_before_its_rounding(self):
+    _, _, (after, quant) = made(inputs=A6)
+    marks = taps.get_path(quant, 'mlp/up_proj')
+    kernel = blocks.kernel_of(after, 'mlp/up_proj')
+    x = inputs().reshape(-1, planted.C)
+    variables = {'params': {'kernel': kernel}, 'quant': marks}
+    y = linear.QuantDense(planted.F).apply(variables, x)
+    rounded, term = matmul.fake_input(x, marks['input']), marks['low_rank']
+    base = jnp.matmul(rounded, qarray.dequantize(kernel), precision='highest')
+    distance = lambda a, b: float(jnp.linalg.norm(a - b) / jnp.linalg.norm(b))
+    self.assertLess(distance(base + term(x), y), 1e-5)
+    self.assertGreater(distance(base + term(rounded), y), 1e-4)
+
   def test_ignored_linears_stay_as_they_are(self):
     _, _, (after, quant) = made()
     for path in ('attention/k_proj', 'mlp/down_proj'):
@@ -249,6 +274,15 @@ class ContractTest(parameterized.TestCase):
 
 
 class MessagesTest(parameterized.TestCase):
+  def test_the_values_of_the_description_are_the_defaults(self):
+    c = quant_experts.QuantExpertsConfig(weights=W4)
+    self.assertEqual((c.shared_rank, c.num_experts, c.expert_rank), (32, 4, 16))
+    self.assertEqual((c.top_k, c.share, c.tau), (1, 0.02, 0.5))
+    self.assertEqual((c.base, c.router, c.rows), ('awq', 'linear', 'all'))
+    self.assertEqual(
+      (c.refine_epochs, c.refine_rate, c.refine_sequences), (0, 1e-4, 128)
+    )
+
   @parameterized.parameters(
     (dict(base='mbq'), r"base='mbq'; allowed \['awq', 'gptq', 'rtn'\]"),
     (dict(router='x'), "router='x'; allowed"),
@@ -333,11 +367,12 @@ class MessagesTest(parameterized.TestCase):
     after, _ = testing.run(block, params, stage, x)
     scale = blocks.kernel_of(after, 'mlp/up_proj').scale
     self.assertTrue(bool(jnp.all(jnp.isnan(scale))))
-    self.assertRegex(
-      stage.failure('blocks.0.mlp.up_proj'),
-      'blocks.0.mlp.up_proj got no terms; .* damping of 0.01 to 10, .* '
+    with self.assertRaisesRegex(
+      ValueError,
+      'blocks.0.mlp.*_proj.kernel got no terms; .* damping of 0.01 to 10, .* '
       'num_experts=2 clusters.*lower num_experts',
-    )
+    ):
+      checks.finite(after, 'blocks.0', stage.failure)
 
   def test_a_wrong_order_in_a_chain(self):
     block, params, (after, quant) = made()

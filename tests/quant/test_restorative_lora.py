@@ -77,6 +77,27 @@ class LoraTest(parameterized.TestCase):
       atol=1e-4,
     )
 
+  def test_batches_of_an_update_count_as_one(self):
+    variables, _, tokens = model()
+    sizes = {'batch_size': 1, 'accumulate': 2}, {'batch_size': 2}
+    one, two = (
+      restorative_lora.train(
+        apply, variables, tokens, config(**{'accumulate': 1, **fields})
+      )['up_proj']
+      for fields in sizes
+    )
+    self.assertGreater(float(jnp.max(jnp.abs(one.b))), 1e-5)
+    np.testing.assert_allclose(one.b, two.b, atol=1e-6)
+
+  def test_the_authors_values_are_the_defaults(self):
+    how = restorative_lora.LoraConfig()
+    self.assertEqual((how.rank, how.alpha, how.dropout), (64, 16.0, 0.1))
+    self.assertEqual(how.updates * how.batch_size * how.accumulate, 20000)
+    self.assertEqual(how.warmup * how.updates, 0.05 * 20000)
+    self.assertEqual((how.learning_rate, how.max_norm), (1e-4, 1.0))
+    self.assertNotIn('o_proj', how.targets)
+    self.assertLen(how.targets, 6)
+
   def test_the_second_rounding_moves_merged_weights_less(self):
     # What the preprocessing is for: W_pre lies near what signs can hold.
     variables, w, _ = model()
@@ -135,6 +156,7 @@ class LoraTest(parameterized.TestCase):
     ({'rank': 0}, 'rank=0; allowed 1 to'),
     ({'dropout': 1.0}, 'dropout=1.0; allowed 0.0 to 0.99'),
     ({'warmup': 2.0}, 'warmup=2.0; allowed 0.0 to 1.0'),
+    ({'max_norm': 0.0}, 'max_norm=0.0; allowed 1e-06 to'),
   )
   def test_a_config_says_what_is_allowed(self, fields, message):
     with self.assertRaisesRegex(ValueError, message):

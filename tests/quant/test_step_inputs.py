@@ -130,6 +130,32 @@ class OutlierTuneTest(parameterized.TestCase):
     error = np.linalg.norm(got - y) / np.linalg.norm(y)
     self.assertLess(error, 1e-3)
 
+  def test_how_uneven_the_steps_are_is_logged(self):
+    block, params = planted.block('layer', planted.SHIFTED)
+    stage = transform.stages(test_outliertune.method())[1]
+    x = planted.inputs()
+    # 30 and a deviation of one: as yet nothing is symmetrized.
+    stats = testing.observe(block, params, {}, stage, x)
+    with self.assertLogs(level='INFO') as logs:
+      stage.check('blocks.2', stats)
+    self.assertLen(logs.output, 2)
+    self.assertRegex(
+      logs.output[0],
+      r'step at blocks.2/attention/q_proj/in is 1\d(\.\d)? times the median',
+    )
+
+  def test_defaults_are_the_papers(self):
+    found = outliertune.OutlierTuneConfig(
+      weights=test_outliertune.W8, inputs=test_outliertune.A8
+    )
+    self.assertEqual(
+      (found.symmetrize, found.scale, found.clip, found.weight),
+      ('auto', 'absmax', 1.0, 'rtn'),
+    )
+    self.assertIsNone(found.presmooth)
+    self.assertEqual(found.bmm, ('q_proj', 'k_proj', 'v_proj'))
+    self.assertEqual(outliertune.SATURATION_ALARM, 1e-3)
+
   def test_too_few_tokens_for_a_hessian(self):
     block, params = planted.block('layer')
     stage = transform.stages(test_outliertune.method(weight='gptq'))[-1]

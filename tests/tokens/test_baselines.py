@@ -119,6 +119,33 @@ class PruMergeTest(parameterized.TestCase):
       reduced.tokens[0, :count], np.stack(expected), rtol=1e-5, atol=1e-5
     )
 
+  def test_a_fixed_number_has_the_shares_of_plus(self):
+    # 16 slots: the extra one, 4 by attention, 11 evenly spaced of the others.
+    scores = jnp.zeros((1, 65)).at[0, 10:25].set(jnp.linspace(0.9, 0.5, 15))
+    ts = interface.token_set(normal(1, 65, 4), special=1)
+    kept = {}
+    for plus in (False, True):
+      config = prumerge.PruMergeConfig(plus=plus, adaptive=False, neighbours=0)
+      reduced = _reduce(config, ts, 16, scores)
+      self.assertEqual(int(reduced.count[0]), 16)
+      kept[plus] = np.asarray(reduced.index[0, :15]).tolist()
+    self.assertEqual(kept[False], list(range(10, 25)))
+    others = sorted(set(kept[True]) - {10, 11, 12, 13})
+    self.assertLen(others, 11)
+    self.assertLessEqual(np.diff([0, *others, 65]).max(), 11)
+
+  def test_spaced_ones_without_room_are_spaced_still(self):
+    # 3 outliers ask for 14 more of 64, and there is room for 4.
+    scores = jnp.full((1, 65), 0.1).at[0, jnp.array([5, 17, 30])].set(0.9)
+    ts = interface.token_set(normal(1, 65, 4), special=1)
+    config = prumerge.PruMergeConfig(plus=True, neighbours=0)
+    reduced = _reduce(config, ts, 8, scores)
+    index = np.asarray(reduced.index[0])
+    self.assertContainsSubset({5, 17, 30}, set(index.tolist()))
+    others = sorted(set(index.tolist()) - {5, 17, 30, -1})
+    self.assertLen(others, 4)
+    self.assertGreater(others[-1], 48)  # The last quarter has one.
+
   def test_without_outliers_an_eighth_is_kept(self):
     mask = jnp.ones((2, 40), bool)
     flat = jnp.full((2, 40), 0.5)

@@ -199,6 +199,8 @@ class ReduceTest(parameterized.TestCase):
     config = cacovid.CaCoVIDConfig(num_heads=2)
     with self.assertRaisesRegex(ValueError, 'tokens of width 16 and a query'):
       config.logits({}, ts, jnp.ones((1, 3, 8)))
+    with self.assertRaisesRegex(ValueError, '2 scores are not finite; one of'):
+      GIVEN.reduce(ts, scores=jnp.ones((1, 32)).at[0, 3:5].set(jnp.nan))
     with self.assertRaisesRegex(ValueError, 'k_max=33 for N=32 tokens'):
       GIVEN.reduce(
         ts, scores=jnp.ones((1, 32)), budget=interface.Budget(k_max=33)

@@ -24,9 +24,11 @@ _FAST_COMPILE = {
 }
 # Variants of registered reducers that take other paths.
 _VARIANTS = (
+  'prumerge_plus:adaptive=false',
   'sparsevlm:recycle=false',
   'tome:partition=random',
   'visionzip:merge=mean',
+  'vqtoken_codes:positions=sequence',
 )
 NAMES = (*sorted(registry.REDUCERS), *_VARIANTS)
 

@@ -83,6 +83,17 @@ class ProbeTest(parameterized.TestCase):
     ids, _, _ = nearest(EMBEDDING[None] * 7, EMBEDDING, 3, left_out=(5,))
     self.assertNotIn(5, np.asarray(ids))
 
+  def test_margin_is_above_0_where_the_nearest_id_marks_a_group(self):
+    probe = embedlens.make_probe(EMBEDDING, GROUPS)
+    x = np.random.default_rng(3).normal(size=(1, 200, D)).astype(np.float32)
+    margin = jax.jit(embedlens.margin)(x, probe)
+    ids, _, _ = nearest(x, EMBEDDING, 1)
+    marked = np.isin(np.asarray(ids[..., 0]), (3, 9, 17, 20))
+    np.testing.assert_array_equal(margin > 0, marked)
+    self.assertGreater(marked.sum(), 5)
+    none = embedlens.make_probe(EMBEDDING, embedlens.Groups())
+    np.testing.assert_array_equal(embedlens.margin(x[:, :1], none), [[-2.0]])
+
   def test_informative(self):
     probe = embedlens.make_probe(EMBEDDING, GROUPS)
     mask = np.ones((1, N), bool)

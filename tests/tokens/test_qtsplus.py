@@ -107,6 +107,26 @@ class ReduceTest(parameterized.TestCase):
     np.testing.assert_array_equal(run(ts, 0), run(later, 0))
     self.assertGreater(float(jnp.abs(run(ts, 1) - run(later, 1)).max()), 0.01)
 
+  def test_the_control_deals_the_shares_out_again(self):
+    ts, query = inputs()
+    own = reduce(COPIES, ts, query)
+    control = dataclasses.replace(COPIES, control='share')
+    run = jax.jit(
+      lambda key: control.reduce(
+        ts, query=query, params=params_of(COPIES), rng=key
+      )
+    )
+    swapped = []
+    for seed in range(4):
+      r = run(jax.random.key(seed))
+      np.testing.assert_allclose(
+        r.aux['relevance'], own.aux['relevance'], rtol=1e-5
+      )
+      rho, mine = np.asarray(r.aux['rho']), np.asarray(own.aux['rho'])
+      np.testing.assert_allclose(np.sort(rho), np.sort(mine), rtol=1e-5)
+      swapped.append(not np.allclose(rho, mine, rtol=1e-5))
+    self.assertEqual(set(swapped), {False, True})
+
   def test_renumbered_positions(self):
     ts, query = inputs()
     r = reduce(dataclasses.replace(COPIES, renumber=True), ts, query)
@@ -199,6 +219,12 @@ class MessagesTest(parameterized.TestCase):
     for low, high in ((0.0, 0.5), (0.5, 0.5), (0.1, 1.1)):
       with self.assertRaisesRegex(ValueError, 'allowed 0 < rho_min < rho_max'):
         qtsplus.QTSplusConfig(rho_min=low, rho_max=high)
+    with self.assertRaisesRegex(ValueError, "control='x'; allowed .'none'"):
+      qtsplus.QTSplusConfig(control='x')
+    with self.assertRaisesRegex(ValueError, 'rng=None; this reducer needs'):
+      dataclasses.replace(COPIES, control='share').reduce(
+        ts, query=query, params={}
+      )
     with self.assertRaisesRegex(ValueError, 'n_max=0, scoring_layers=1'):
       qtsplus.QTSplusConfig(n_max=0)
     with self.assertRaisesRegex(ValueError, 'num_heads=8, num_kv_heads=3'):

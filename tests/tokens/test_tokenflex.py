@@ -1,6 +1,7 @@
 """TokenFLEX: pooling against torch, the projector, the reduction."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -105,6 +106,32 @@ class ProjectorTest(parameterized.TestCase):
     up = y @ made['up_proj']['kernel']
     np.testing.assert_allclose(out, jax.nn.silu(gate) * up, atol=1e-5)
 
+  def test_the_mlp_has_as_many_parameters(self):
+    number = {}
+    for block in tokenflex.BLOCKS:
+      config = tokenflex.TokenFlexConfig(
+        project=True, features=6, hidden=10, norm='none', block=block
+      )
+      ts = interface.token_set(jnp.ones((1, 16, 4)), grid=(1, 4, 4))
+      params = jax.eval_shape(config.init_params, jax.random.key(0), ts)
+      number[block] = sum(leaf.size for leaf in jax.tree.leaves(params))
+    self.assertEqual(number['swiglu'], 10 * (2 * 4 + 6))
+    self.assertEqual(number['mlp'], 14 * (4 + 6))
+
+  def test_the_mlp_is_gelu_between_two_matrices(self):
+    module = tokenflex.TokenAdaptiveProjector(
+      features=3, hidden=5, norm='none', gated=False
+    )
+    x, weight = (
+      jax.random.normal(jax.random.key(0), (1, 4, 4)),
+      jnp.ones((1, 4)),
+    )
+    args = (x, weight, (1, 2, 2), 2, 2)
+    params = module.init(jax.random.key(1), *args)['params']
+    up, down = (params[f'{name}_proj']['kernel'] for name in ('up', 'down'))
+    out: Any = module.apply({'params': params}, *args)
+    np.testing.assert_allclose(out, jax.nn.gelu(x @ up) @ down, atol=1e-5)
+
   def test_a_count_has_its_own_vector_in_the_gate(self):
     plain, _, _ = self.apply()
     table = jnp.zeros((2, 4)).at[1].set(1.0)
@@ -179,6 +206,10 @@ class MessagesTest(parameterized.TestCase):
         tokenflex.TokenFlexConfig(probs=probs)
     with self.assertRaisesRegex(ValueError, "norm='rms'; allowed .'after'"):
       tokenflex.TokenFlexConfig(norm='rms')
+    with self.assertRaisesRegex(ValueError, "block='x'; allowed .'mlp'"):
+      tokenflex.TokenFlexConfig(block='x')
+    with self.assertRaisesRegex(ValueError, 'which an MLP has not. Use block='):
+      tokenflex.TokenFlexConfig(block='mlp', count_embed=True)
     with self.assertRaisesRegex(ValueError, 'features=-1, hidden=0; neither'):
       tokenflex.TokenFlexConfig(features=-1)
 

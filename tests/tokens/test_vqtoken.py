@@ -51,6 +51,45 @@ class CodebookTest(parameterized.TestCase):
     np.testing.assert_array_equal(first.index[0], np.arange(6))
     np.testing.assert_array_equal(first.positions[0], ts.positions[0, :6])
 
+  def test_codes_in_sequence_say_nothing_of_places(self):
+    ts, _ = blob_video(6)
+    config = dataclasses.replace(CODES, codes=8, positions='sequence')
+    r = reduce(config, ts)
+    at = np.where(r.mask[0], np.arange(8), 0)
+    for axis in range(3):
+      np.testing.assert_array_equal(r.positions[0, :, axis], at)
+    np.testing.assert_array_equal(r.index, -1)
+
+  def test_a_shuffled_map_has_the_same_codes_elsewhere(self):
+    ts, _ = blob_video(6)
+    ts = interface.token_set(
+      jnp.concatenate([ts.tokens[:, :1], ts.tokens], axis=1),
+      grid=(4, 4, 4),
+      special=1,
+    )
+    mask = ts.mask.at[0, 40:50].set(False)
+    ts = dataclasses.replace(ts, mask=mask)
+    codes = jnp.where(mask, jnp.arange(65)[None] % 6, -1)
+    out = vqtoken.shuffled(jax.random.key(0), codes, ts)
+    self.assertEqual(int(out[0, 0]), int(codes[0, 0]))
+    np.testing.assert_array_equal(out[0, 40:50], -1)
+    np.testing.assert_array_equal(np.sort(out[0, 1:]), np.sort(codes[0, 1:]))
+    self.assertGreater(int((out != codes).sum()), 20)
+
+  def test_the_control_shuffles_what_the_attention_sees(self):
+    ts, label = blob_video(6)
+    config = vqtoken.VQTokenConfig(
+      codes=6, num_heads=2, ffn=8, control='shuffled'
+    )
+    params = config.init_params(jax.random.key(0), ts)
+    params = jax.tree.map(lambda leaf: leaf + 0.1, params)
+    run = jax.jit(lambda rng: config.reduce(ts, params=params, rng=rng))
+    # Codes are the same from any start; what is drawn besides is the map.
+    one, two = (run(jax.random.key(seed)) for seed in (0, 1))
+    for r in (one, two):
+      np.testing.assert_array_equal(r.assignment[0], label)
+    self.assertGreater(float(jnp.abs(one.tokens - two.tokens).max()), 1e-3)
+
   def test_permuted_frames_permute_the_map_only(self):
     ts, _ = blob_video(6)
     config = dataclasses.replace(CODES, codes=6)
@@ -118,7 +157,14 @@ class MessagesTest(parameterized.TestCase):
     self.assertIn('1 tokens are 0', logs.output[0])
     r = reduce(CODES, ts.replace(tokens=zero))
     self.assertTrue(np.isfinite(r.tokens).all())
-    for field in ('mode', 'selection', 'codebook_of', 'wiring', 'positions'):
+    for field in (
+      'mode',
+      'selection',
+      'codebook_of',
+      'wiring',
+      'positions',
+      'control',
+    ):
       with self.assertRaisesRegex(ValueError, f"{field}='x'; allowed"):
         wrong: Any = {field: 'x'}
         vqtoken.VQTokenConfig(**wrong)

@@ -177,8 +177,9 @@ class AttentionAotTest(parameterized.TestCase):
       self.assertIsNotNone(call, kernel)
     size = nbytes((a.shape, a.dtype) for a in jax.tree.leaves(caches))
     self.assertGreaterEqual(memory.alias_size_in_bytes, size)
-    # The scan over layers takes one layer, 1 / 8, out of the stack at a time.
-    self.assertLess(memory.temp_size_in_bytes, size // 4)
+    # A kernel reads a layer where the stack lies; else it is taken out, 1 / 8.
+    most = size // L // 100 if T == 1 else size // 4
+    self.assertLess(memory.temp_size_in_bytes, most)
 
   def test_select_topk(self):
     f = functools.partial(
