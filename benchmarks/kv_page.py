@@ -119,7 +119,8 @@ def _quality(
     'Passkey: the share of numbers found in texts of '
     f'{settings["passkey"]} tokens, and the negative log-likelihood of their '
     'tokens, where the text was read before the question came, and with the '
-    'question in sight. Milliseconds are of a decoding step of '
+    'question in sight; the question ends with the space before the number '
+    '([notes.md](notes.md)). Milliseconds are of a decoding step of '
     'the plain JAX form behind a window, batch 1.'
   )
   lines = [

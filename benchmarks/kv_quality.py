@@ -13,7 +13,8 @@ command can be stopped at any time, or stops by itself after `--minutes`.
            without a cache is the reference.
   passkey  a five-digit number in a text that says nothing (jaxq.eval.passkey),
            asked for behind a context that was read, and compressed, without
-           the question, as kvpress does it.
+           the question, as kvpress does it; unlike there, the question ends
+           with the space before the number (docs/notes.md).
   asked    the same with the question in sight.
   beyond   the same in a text longer than the model was trained for.
   step     milliseconds of a decoding step behind a full window; on a machine

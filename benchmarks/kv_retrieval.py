@@ -2,7 +2,9 @@
 
 jaxq.eval.passkey asks in the prompt, so that a cache that compresses by
 attention sees what is asked for. Here the text is read first and the question
-after it (kvpress's protocol), or both together, for comparison.
+after it, as kvpress does, or both together, for comparison. kvpress then lets
+the model write freely; here the question ends with the space before the number,
+so that only digits are left to be said (docs/notes.md has both).
 """
 
 import os

@@ -5,7 +5,9 @@
 Prints token perplexity over non-overlapping windows, the word- and
 byte-normalised figures beside it and, given a reference, the paired ratio, the
 KL divergence and the top-1 agreement, each with a 95 % bootstrap interval. Of
-encoders it prints how far their embeddings moved and what they still find.
+encoders it prints how far their embeddings moved and what they still find. Of
+inputs in static steps (OutlierTune, MergeQuant) it counts the codes at the ends
+of their ranges, and warns where these are many.
 
 With --kv_cache=oscar:bits=2 the model reads a window in chunks of --kv_chunk
 tokens: a token sees its own chunk as it is and earlier ones as the cache holds
@@ -37,6 +39,7 @@ from experiments import (
   plan_job,
   planning,
   results,
+  saturation,
   token_pictures,
   token_reduction,
   training,
@@ -122,6 +125,7 @@ _TOKEN_REDUCER = flags.DEFINE_multi_string(
 _VIDEOS = flags.DEFINE_integer(
   'videos', 128, 'Test videos to measure a MosaicQA model on.', lower_bound=1
 )
+_COUNTED = 4  # Windows that saturated inputs are counted in.
 _OUTPUT = flags.DEFINE_string('output', None, 'JSON file for the results.')
 
 
@@ -149,10 +153,11 @@ def main(argv: Sequence[str]) -> int | None:
     tokens=_TOKENS.value,
     bos=_BOS.value,
   )
+  data = families.evaluation_data(model, choice)
   rows = families.of(model).compare(
     reference,
     model,
-    families.evaluation_data(model, choice),
+    data,
     config=config,
     mesh=mesh,
     progress=Progress(),
@@ -160,6 +165,10 @@ def main(argv: Sequence[str]) -> int | None:
   )
   if kv_cache is not None:
     rows = (*rows[:-1], _with_bits(rows[-1], model, kv_cache))
+  if model.family == 'decoder' and saturation.has_steps(model.variables):
+    opened, tokens = models.open_model(_MODEL.value), data.tokens[:_COUNTED]
+    more = saturation.metrics(opened, tokens)
+    rows = (*rows[:-1], _with(rows[-1], more))
   if _PASSKEY.value:
     measured = [m for m in (reference, model) if m]
     rows = _with_passkeys(rows, measured, kv_cache)
@@ -244,7 +253,7 @@ def _with_bits(row, model, kv_cache) -> results.Row:
     value=interface.bits_per_element(cache),
     conventions={'tokens': window, 'counted': 'scales, window, everything'},
   )
-  return dataclasses.replace(row, metrics=(*row.metrics, metric))
+  return _with(row, (metric,))
 
 
 def _with_passkeys(rows, measured, kv_cache) -> tuple[results.Row, ...]:
@@ -258,11 +267,13 @@ def _with_passkeys(rows, measured, kv_cache) -> tuple[results.Row, ...]:
     ) from e
   caches = [None] * (len(measured) - 1) + [kv_cache]
   return tuple(
-    dataclasses.replace(
-      row, metrics=row.metrics + passkey.metrics(model, lengths, cache)
-    )
+    _with(row, passkey.metrics(model, lengths, cache))
     for row, model, cache in zip(rows, measured, caches, strict=True)
   )
+
+
+def _with(row: results.Row, more: tuple[results.Metric, ...]) -> results.Row:
+  return dataclasses.replace(row, metrics=(*row.metrics, *more))
 
 
 class Progress:
