@@ -260,22 +260,14 @@ def _packed(variables: Params) -> Params:
 
 
 def cast(params: Params, dtype: str) -> Params:
-  """Casts the plain float arrays of a parameter tree.
-
-  QArrays are left, and so is what norms hold: it is little, they compute in
-  float32, and the steps of static inputs that were moved into them
-  (jaxq.quant.mergequant) would lose bits that the codes were made with.
-  """
+  """Casts the plain float arrays of a parameter tree; QArrays are left."""
   out: dict[str, Any] = {}
   for path, leaf in taps.leaves(params):
-    of_norm = '/' in path and path.split('/')[-2].endswith('norm')
     if isinstance(leaf, jax.Array | np.ndarray):
-      floating = jnp.issubdtype(leaf.dtype, jnp.floating) and not of_norm
+      floating = jnp.issubdtype(leaf.dtype, jnp.floating)
       leaf = jnp.asarray(leaf, dtype if floating else leaf.dtype)
-    elif (
-      isinstance(leaf, lazy_lib.LazyArray)
-      and jnp.issubdtype(leaf.dtype, jnp.floating)
-      and not of_norm
+    elif isinstance(leaf, lazy_lib.LazyArray) and jnp.issubdtype(
+      leaf.dtype, jnp.floating
     ):
       leaf = lazy_lib.astype(leaf, jnp.dtype(dtype))
     out = taps.set_path(out, path, leaf)

@@ -136,7 +136,7 @@ class OutlierTuneTest(parameterized.TestCase):
     x = planted.inputs()
     # 30 and a deviation of one: as yet nothing is symmetrized.
     stats = testing.observe(block, params, {}, stage, x)
-    with self.assertLogs(level='INFO') as logs:
+    with self.assertLogs('absl', level='INFO') as logs:
       stage.check('blocks.2', stats)
     self.assertLen(logs.output, 2)
     self.assertRegex(
