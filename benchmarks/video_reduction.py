@@ -42,6 +42,7 @@ METHODS: Mapping[str, interface.Config] = {
 }
 RATIOS = (0.5, 0.25, 0.1)
 REPEATED = 0.9  # A patch is called repeated above this cosine.
+_PATCH = 14  # Pixels of a patch of vit-s14, both sides.
 _SEEDS = 3  # Of what draws.
 _CONFIG = videos.VideoConfig()
 _KEPT, _MIXED = 'variance kept', 'frames of other clips'
@@ -63,7 +64,7 @@ def run(
     return
   model = models.load('vit-s14')
   windows = videos.load(_CONFIG)
-  side = _CONFIG.size // model.config.patch_size
+  side = _CONFIG.size // _PATCH
   tokens = features(model, windows.frames)  # (N, T, side * side, C)
   for clip in clips:
     of_clip = tokens[windows.video == windows.names.index(clip)]
@@ -196,7 +197,7 @@ def _reducer(name: str, ratio: float) -> interface.Config | None:
     return None  # One frame of four stays whole.
   fields: dict[str, Any] = {'budget': ratio}
   if name == 'vqtoken_codes':
-    patches = (_CONFIG.size // 14) ** 2 * _CONFIG.num_frames
+    patches = (_CONFIG.size // _PATCH) ** 2 * _CONFIG.num_frames
     fields['codes'] = interface.budget_from_ratio(patches, ratio).k_max
   config: Any = METHODS[name]
   return dataclasses.replace(config, **fields)

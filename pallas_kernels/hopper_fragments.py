@@ -54,37 +54,14 @@ def unpacker(bits: int, offset: int, tiles: int, width: int) -> Any:
     Function of `tiles` arrays to a tuple of (64, width) bfloat16 in
     Layout.WGMMA, in the order of K.
   """
-  fields = 16 // bits
-  pieces = tiles * hopper.tile_rows(bits) // width
-  blocks = width // _COLUMNS
-  piece = plgpu.ShapeDtypeStruct((64, width), jnp.bfloat16, _LAYOUT.WGMMA)
-
-  @plgpu.inline_mgpu(
-    arg_types=(_LAYOUT.WGMMA_8BIT,) * tiles, return_type=(piece,) * pieces
+  return _unpacker(
+    lambda word, j: _value(word, j, bits, offset),
+    each=16 // bits,
+    pieces=tiles * hopper.tile_rows(bits) // width,
+    blocks=width // _COLUMNS,
+    tiles=tiles,
+    piece=plgpu.ShapeDtypeStruct((64, width), jnp.bfloat16, _LAYOUT.WGMMA),
   )
-  def unpack(_, *words):
-    shape = (1, blocks, 1, 1, 2, 1, 1, 1, 1)
-    found = [np.empty(shape, dtype=object) for _ in range(pieces)]
-    for i, tile in enumerate(words):
-      assert tile.registers.shape == (1, 1, 1, 1, 2, 1, 1, 1, 1)
-      for half in range(2):  # Rows r and r + 8 of a thread.
-        four = tile.registers[0, 0, 0, 0, half, 0, 0, 0, 0]
-        for v in range(4):
-          word = vector.extract(four, dynamic_position=[], static_position=[v])
-          for j in range(fields):
-            p, block = divmod((4 * i + v) * fields + j, blocks)
-            value = _value(word, j, bits, offset)
-            found[p][0, block, 0, 0, half, 0, 0, 0, 0] = value
-    return tuple(
-      mgpu.FragmentedArray(
-        _registers=registers,
-        _layout=_LAYOUT.WGMMA.to_mgpu(),
-        _is_signed=None,
-      )
-      for registers in found
-    )
-
-  return unpack
 
 
 def unpacker_of_codes(tiles: int, width: int) -> Any:
@@ -98,9 +75,27 @@ def unpacker_of_codes(tiles: int, width: int) -> Any:
     Function of `tiles` arrays to a tuple of (64, width) int8 in
     Layout.WGMMA_8BIT, along K in the order of hopper.reorder.
   """
-  pieces = tiles * hopper.tile_rows(4) // width
-  blocks = width // _BYTE_COLUMNS
-  piece = plgpu.ShapeDtypeStruct((64, width), jnp.int8, _LAYOUT.WGMMA_8BIT)
+  return _unpacker(
+    _bytes,
+    each=2,
+    pieces=tiles * hopper.tile_rows(4) // width,
+    blocks=width // _BYTE_COLUMNS,
+    tiles=tiles,
+    piece=plgpu.ShapeDtypeStruct((64, width), jnp.int8, _LAYOUT.WGMMA_8BIT),
+  )
+
+
+def _unpacker(
+  value: Any, *, each: int, pieces: int, blocks: int, tiles: int, piece: Any
+) -> Any:
+  """The function of word tiles in registers to pieces of the weight.
+
+  Args:
+    value: (word, j) to register j of the `each` that a word fills.
+    pieces: arrays of the result, `blocks` register blocks each.
+    tiles: arrays of words.
+    piece: shape, dtype and layout of a piece.
+  """
 
   @plgpu.inline_mgpu(
     arg_types=(_LAYOUT.WGMMA_8BIT,) * tiles, return_type=(piece,) * pieces
@@ -114,15 +109,14 @@ def unpacker_of_codes(tiles: int, width: int) -> Any:
         four = tile.registers[0, 0, 0, 0, half, 0, 0, 0, 0]
         for v in range(4):
           word = vector.extract(four, dynamic_position=[], static_position=[v])
-          for odd in range(2):
-            p, block = divmod((4 * i + v) * 2 + odd, blocks)
-            value = _bytes(word, odd)
-            found[p][0, block, 0, 0, half, 0, 0, 0, 0] = value
+          for j in range(each):
+            p, block = divmod((4 * i + v) * each + j, blocks)
+            found[p][0, block, 0, 0, half, 0, 0, 0, 0] = value(word, j)
     return tuple(
       mgpu.FragmentedArray(
         _registers=registers,
-        _layout=_LAYOUT.WGMMA_8BIT.to_mgpu(),
-        _is_signed=True,
+        _layout=piece.layout.to_mgpu(),
+        _is_signed=True if jnp.issubdtype(piece.dtype, jnp.integer) else None,
       )
       for registers in found
     )

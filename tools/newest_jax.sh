@@ -33,7 +33,7 @@ fi
 if [[ ! -e $venv/.newest || pyproject.toml -nt $venv/.newest ]]; then
   "$python" -m venv --clear "$venv"
   "$venv/bin/python" -m pip install --quiet --upgrade --upgrade-strategy eager \
-    "$@" -e . hypothesis pytest pytest-xdist
+    "$@" -e '.[video]' hypothesis pytest pytest-xdist
   touch "$venv/.newest"
 fi
 "$venv/bin/python" - <<'PY'

@@ -138,14 +138,17 @@ class PackedArrayTest(parameterized.TestCase):
           ),
         )
       )
-    tail = (None, None) if layout == 'words' else ()
-    if layout == 'words':
-      want = PartitionSpec(None, 'model', None, *tail)
-      rows = PartitionSpec(None, None, 'model', *tail)
-    else:
-      want = PartitionSpec(None, 'model', None, None)
-      rows = PartitionSpec(None, None, None, 'model')
-    self.assertEqual(by_columns.qvalue, want)
+    columns, rows = {
+      'words': (
+        PartitionSpec(None, 'model', None, None, None),
+        PartitionSpec(None, None, 'model', None, None),
+      ),
+      'rows': (
+        PartitionSpec(None, 'model', None, None),
+        PartitionSpec(None, None, None, 'model'),
+      ),
+    }[layout]
+    self.assertEqual(by_columns.qvalue, columns)
     self.assertEqual(by_columns.scale, PartitionSpec(None, None, 'model'))
     self.assertEqual(by_rows.qvalue, rows)
     # A tile of 64 columns is whole.
